@@ -1,0 +1,142 @@
+/* From parameters to collapsed blocks: Cayley, collapse, transpose; checks, sizes, and the call of the variant. */
+#include "kernels.h"
+#include "status.h"
+#include "tiles.h"
+
+#include <string.h>
+
+size_t boft_cayley_workspace(int64_t b)
+{
+    /* Forward: one matrix of doubles with rows padded to 64 bytes and a pivot a row. Backward: three matrices. */
+    size_t row = (size_t)((b + 7) / 8 * 8);
+    return 3 * (size_t)b * row * sizeof(double) + (size_t)b * sizeof(int64_t) + 64;
+}
+
+static boft_status check_cayley(const char *what, boft_dtype dtype, int64_t b, int64_t begin, int64_t end)
+{
+    boft_status status;
+    if ((status = boft_check_real(what, dtype)) || (status = boft_check_range(what, begin, end, INT64_MAX)))
+        return status;
+    if (b < 1)
+        return boft_refuse(BOFT_BAD_SHAPE, "%s: block size b = %lld must be at least 1", what, (long long)b);
+    return BOFT_OK;
+}
+
+boft_status boft_cayley(boft_dtype dtype, int64_t b, int64_t begin, int64_t end, const void *a,
+                        const unsigned char *keep, void *q, void *workspace)
+{
+    boft_status status;
+    if ((status = check_cayley("cayley", dtype, b, begin, end)))
+        return status;
+    if (begin == end)
+        return BOFT_OK;
+    if ((status = boft_check_pointer("cayley: a", a)) || (status = boft_check_pointer("cayley: q", q)) ||
+        (status = boft_check_pointer("cayley: workspace", workspace)))
+        return status;
+    boft_kernels_current()->cayley[boft_real_index(dtype)](b, begin, end, a, keep, q, workspace);
+    return BOFT_OK;
+}
+
+boft_status boft_cayley_backward(boft_dtype dtype, int64_t b, int64_t begin, int64_t end, const void *dq, const void *q,
+                                 const unsigned char *keep, void *da, void *workspace)
+{
+    boft_status status;
+    if ((status = check_cayley("cayley backward", dtype, b, begin, end)))
+        return status;
+    if (begin == end)
+        return BOFT_OK;
+    if ((status = boft_check_pointer("cayley backward: dq", dq)) || (status = boft_check_pointer("cayley backward: q", q)) ||
+        (status = boft_check_pointer("cayley backward: da", da)) ||
+        (status = boft_check_pointer("cayley backward: workspace", workspace)))
+        return status;
+    boft_kernels_current()->cayley_backward[boft_real_index(dtype)](b, begin, end, dq, q, keep, da, workspace);
+    return BOFT_OK;
+}
+
+size_t boft_collapse_workspace(const boft_plan *plan, boft_dtype dtype)
+{
+    /*
+     * Backward of the largest level: the partial product above each of its lower factors and the gradient of the one
+     * at hand (factors matrices in all), three gathered strips of group x b, and a block.
+     */
+    int64_t reals = 0;
+    for (int64_t i = 0; i < plan->levels; i++) {
+        const boft_level *level = &plan->level[i];
+        int64_t group = level->group;
+        int64_t size = level->factors * group * group + 3 * group * plan->b + plan->b * plan->b;
+        reals = boft_max(reals, size);
+    }
+    return (size_t)reals * boft_real_size(dtype);
+}
+
+static boft_status check_level(const char *what, const boft_plan *plan, boft_dtype dtype, int64_t level, int64_t begin,
+                               int64_t end)
+{
+    boft_status status;
+    if ((status = boft_check_pointer(what, plan)) || (status = boft_check_real(what, dtype)))
+        return status;
+    if (level < 0 || level >= plan->levels)
+        return boft_refuse(BOFT_BAD_SHAPE, "%s: level %lld of %lld", what, (long long)level, (long long)plan->levels);
+    return boft_check_range(what, begin, end, plan->d / plan->level[level].group);
+}
+
+boft_status boft_collapse(const boft_plan *plan, boft_dtype dtype, int64_t level, int64_t begin, int64_t end,
+                          const void *q, void *blocks, void *workspace)
+{
+    boft_status status;
+    if ((status = check_level("collapse", plan, dtype, level, begin, end)))
+        return status;
+    if (begin == end)
+        return BOFT_OK;
+    if ((status = boft_check_pointer("collapse: q", q)) || (status = boft_check_pointer("collapse: blocks", blocks)) ||
+        (status = boft_check_pointer("collapse: workspace", workspace)))
+        return status;
+    boft_kernels_current()->collapse[boft_real_index(dtype)](plan, &plan->level[level], begin, end, q, blocks, workspace);
+    return BOFT_OK;
+}
+
+boft_status boft_collapse_backward(const boft_plan *plan, boft_dtype dtype, int64_t level, int64_t begin, int64_t end,
+                                   const void *dblocks, const void *q, void *dq, void *workspace)
+{
+    boft_status status;
+    if ((status = check_level("collapse backward", plan, dtype, level, begin, end)))
+        return status;
+    if (begin == end)
+        return BOFT_OK;
+    if ((status = boft_check_pointer("collapse backward: dblocks", dblocks)) ||
+        (status = boft_check_pointer("collapse backward: q", q)) ||
+        (status = boft_check_pointer("collapse backward: dq", dq)) ||
+        (status = boft_check_pointer("collapse backward: workspace", workspace)))
+        return status;
+    boft_kernels_current()->collapse_backward[boft_real_index(dtype)](plan, &plan->level[level], begin, end, dblocks, q,
+                                                                      dq, workspace);
+    return BOFT_OK;
+}
+
+boft_status boft_transpose(const boft_plan *plan, boft_dtype dtype, int64_t level, int64_t begin, int64_t end,
+                           const void *blocks, void *transposed)
+{
+    boft_status status;
+    if ((status = check_level("transpose", plan, dtype, level, begin, end)))
+        return status;
+    if (begin == end)
+        return BOFT_OK;
+    if ((status = boft_check_pointer("transpose: blocks", blocks)) ||
+        (status = boft_check_pointer("transpose: transposed", transposed)))
+        return status;
+    const int64_t group = plan->level[level].group;
+    for (int64_t g = begin; g < end; g++) {
+        const int64_t at = plan->level[level].offset + g * group * group;
+        /* Tiles of 8 x 8 keep both sides in cache for large groups. */
+        for (int64_t i0 = 0; i0 < group; i0 += 8)
+            for (int64_t j0 = 0; j0 < group; j0 += 8)
+                for (int64_t i = i0; i < boft_min(i0 + 8, group); i++)
+                    for (int64_t j = j0; j < boft_min(j0 + 8, group); j++) {
+                        if (dtype == BOFT_F64)
+                            ((double *)transposed)[at + j * group + i] = ((const double *)blocks)[at + i * group + j];
+                        else
+                            ((float *)transposed)[at + j * group + i] = ((const float *)blocks)[at + i * group + j];
+                    }
+    }
+    return BOFT_OK;
+}

@@ -1,0 +1,103 @@
+/* Choice of the kernel table at run time. */
+#include "kernels.h"
+#include "status.h"
+
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Best first. */
+static const boft_kernels *const variants[] = {
+#ifdef BOFT_X86
+    &boft_kernels_avx512,
+    &boft_kernels_avx2,
+#endif
+    &boft_kernels_portable,
+    &boft_kernels_scalar,
+};
+
+enum { VARIANTS = sizeof variants / sizeof *variants };
+
+static _Atomic(const boft_kernels *) current;
+
+/* __builtin_cpu_supports looks at CPUID and at what the operating system saves (XCR0). */
+static int supported(const boft_kernels *kernels)
+{
+#ifdef BOFT_X86
+    __builtin_cpu_init();
+    if (kernels == &boft_kernels_avx512)
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+               __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (kernels == &boft_kernels_avx2) /* every processor with AVX2 and FMA has F16C */
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+    (void)kernels;
+    return 1;
+}
+
+static const boft_kernels *find(const char *name)
+{
+    for (int i = 0; i < VARIANTS; i++)
+        if (strcmp(variants[i]->name, name) == 0)
+            return variants[i];
+    return NULL;
+}
+
+static const boft_kernels *best(void)
+{
+    int i = 0;
+    while (!supported(variants[i]))
+        i++;
+    return variants[i];
+}
+
+const char *boft_cpu_variant(int index)
+{
+    return index >= 0 && index < VARIANTS ? variants[index]->name : NULL;
+}
+
+int boft_cpu_supported(const char *name)
+{
+    const boft_kernels *kernels = name ? find(name) : NULL;
+    return kernels && supported(kernels);
+}
+
+boft_status boft_cpu_select(const char *name)
+{
+    const char *asked = name ? name : getenv("BOFT_CPU");
+    const char *source = name ? "CPU variant" : "BOFT_CPU =";
+    if (!asked || !*asked) {
+        atomic_store(&current, best());
+        return BOFT_OK;
+    }
+    const boft_kernels *kernels = find(asked);
+    if (!kernels)
+        return boft_refuse(BOFT_BAD_ARGUMENT, "%s %s is unknown; this build has %s%s", source, asked,
+#ifdef BOFT_X86
+                           "avx512, avx2, ",
+#else
+                           "",
+#endif
+                           "portable and scalar");
+    if (!supported(kernels))
+        return boft_refuse(BOFT_BAD_ARGUMENT, "%s %s is not supported by this processor", source, asked);
+    atomic_store(&current, kernels);
+    return BOFT_OK;
+}
+
+const boft_kernels *boft_kernels_current(void)
+{
+    const boft_kernels *kernels = atomic_load_explicit(&current, memory_order_acquire);
+    if (!kernels) {
+        if (boft_cpu_select(NULL) != BOFT_OK)
+            atomic_store(&current, best());
+        kernels = atomic_load(&current);
+    }
+    return kernels;
+}
+
+const char *boft_cpu_name(void)
+{
+    return boft_kernels_current()->name;
+}

@@ -1,0 +1,145 @@
+/* x R and its backward: checks, sizes, and the call of the current variant. */
+#include "kernels.h"
+#include "status.h"
+#include "tiles.h"
+
+/* Enough tasks for the threads of a large machine to share evenly. */
+enum { TASKS = 32 };
+/* A split costs a pass over the blocks, so it should sum at least this many rows. */
+enum { SPLIT_ROWS = 128 };
+/* Partial gradients stay below this many elements where two splits suffice. */
+enum { SPLIT_ELEMENTS = 1 << 21 };
+
+size_t boft_rotate_workspace(const boft_plan *plan, boft_dtype dtype)
+{
+    /* Two strips of a tile and, for levels with gathered channels, two of a group. */
+    size_t reals = (size_t)BOFT_TILE_ROWS * (size_t)(2 * boft_tile_channels(plan) + 2 * plan->super);
+    return reals * boft_real_size(dtype);
+}
+
+static boft_status check_rotate(const boft_rotate_args *args)
+{
+    boft_status status = boft_check_data("rotate", args->dtype);
+    if (status)
+        return status;
+    if (args->rows < 0 || args->x_stride < 0 || args->y_stride < args->plan->d)
+        return boft_refuse(BOFT_BAD_SHAPE, "rotate: %lld rows with strides %lld and %lld for %lld channels",
+                           (long long)args->rows, (long long)args->x_stride, (long long)args->y_stride,
+                           (long long)args->plan->d);
+    return BOFT_OK;
+}
+
+boft_status boft_rotate(const boft_rotate_args *args, int64_t begin, int64_t end, void *workspace)
+{
+    boft_status status;
+    if ((status = boft_check_pointer("rotate: args", args)) || (status = boft_check_pointer("rotate: plan", args->plan)) ||
+        (status = check_rotate(args)) || (status = boft_check_range("rotate: rows", begin, end, args->rows)))
+        return status;
+    if (begin == end)
+        return BOFT_OK;
+    if ((status = boft_check_pointer("rotate: x", args->x)) || (status = boft_check_pointer("rotate: y", args->y)) ||
+        (status = boft_check_pointer("rotate: blocks", args->blocks)) ||
+        (status = boft_check_pointer("rotate: workspace", workspace)))
+        return status;
+    boft_kernels_current()->rotate[boft_real_index(args->dtype)](args, begin, end, workspace);
+    return BOFT_OK;
+}
+
+int64_t boft_rotate_backward_splits(const boft_plan *plan, int64_t rows)
+{
+    int64_t across = boft_tiles_across(plan);
+    int64_t splits = (TASKS + across - 1) / across;
+    splits = boft_min(splits, (rows + SPLIT_ROWS - 1) / SPLIT_ROWS);
+    splits = boft_min(splits, boft_max(2, SPLIT_ELEMENTS / plan->count));
+    return boft_max(splits, 1);
+}
+
+int64_t boft_rotate_backward_tasks(const boft_plan *plan, int64_t rows)
+{
+    return boft_rotate_backward_splits(plan, rows) * boft_tiles_across(plan);
+}
+
+size_t boft_rotate_backward_workspace(const boft_plan *plan, boft_dtype dtype)
+{
+    /* The input of every level and two strips of dy; two gathered groups and one gathered result. */
+    size_t strips = (size_t)plan->levels + 2;
+    size_t reals = (size_t)BOFT_TILE_ROWS_BACKWARD *
+                   (strips * (size_t)boft_tile_channels(plan) + 3 * (size_t)plan->super);
+    return reals * boft_real_size(dtype);
+}
+
+static boft_status check_rotate_backward(const boft_rotate_backward_args *args)
+{
+    boft_status status = boft_check_data("rotate backward", args->dtype);
+    if (status)
+        return status;
+    if (args->rows < 0 || args->dy_stride < 0 || (args->dblocks && args->x_stride < 0) ||
+        (args->dx && args->dx_stride < args->plan->d))
+        return boft_refuse(BOFT_BAD_SHAPE, "rotate backward: %lld rows with strides %lld, %lld and %lld for %lld channels",
+                           (long long)args->rows, (long long)args->dy_stride, (long long)args->x_stride,
+                           (long long)args->dx_stride, (long long)args->plan->d);
+    return BOFT_OK;
+}
+
+boft_status boft_rotate_backward(const boft_rotate_backward_args *args, int64_t begin, int64_t end, void *workspace)
+{
+    boft_status status;
+    if ((status = boft_check_pointer("rotate backward: args", args)) ||
+        (status = boft_check_pointer("rotate backward: plan", args->plan)) || (status = check_rotate_backward(args)) ||
+        (status = boft_check_range("rotate backward: tasks", begin, end,
+                                   boft_rotate_backward_tasks(args->plan, args->rows))))
+        return status;
+    if (begin == end || (!args->dx && !args->dblocks))
+        return BOFT_OK;
+    if ((status = boft_check_pointer("rotate backward: workspace", workspace)))
+        return status;
+    int several = args->plan->levels > 1;
+    if (args->rows > 0) {
+        if ((status = boft_check_pointer("rotate backward: dy", args->dy)))
+            return status;
+        if (args->dblocks && (status = boft_check_pointer("rotate backward: x", args->x)))
+            return status;
+        if (args->dblocks && several && (status = boft_check_pointer("rotate backward: blocks", args->blocks)))
+            return status;
+        if ((args->dx || several) && (status = boft_check_pointer("rotate backward: blocks_back", args->blocks_back)))
+            return status;
+    }
+    boft_kernels_current()->rotate_backward[boft_real_index(args->dtype)](args, begin, end, workspace);
+    return BOFT_OK;
+}
+
+boft_status boft_sum_splits(boft_dtype dtype, int64_t splits, int64_t count, const void *parts, void *out, int64_t begin,
+                            int64_t end)
+{
+    boft_status status;
+    if ((status = boft_check_real("sum of splits", dtype)) ||
+        (status = boft_check_range("sum of splits: elements", begin, end, count)))
+        return status;
+    if (splits < 1)
+        return boft_refuse(BOFT_BAD_SHAPE, "sum of splits: %lld parts", (long long)splits);
+    if (begin == end)
+        return BOFT_OK;
+    if ((status = boft_check_pointer("sum of splits: parts", parts)) ||
+        (status = boft_check_pointer("sum of splits: out", out)))
+        return status;
+    if (dtype == BOFT_F64) {
+        const double *from = parts;
+        double *to = out;
+        for (int64_t i = begin; i < end; i++) {
+            double sum = from[i];
+            for (int64_t split = 1; split < splits; split++)
+                sum += from[split * count + i];
+            to[i] = sum;
+        }
+    } else {
+        const float *from = parts;
+        float *to = out;
+        for (int64_t i = begin; i < end; i++) {
+            float sum = from[i];
+            for (int64_t split = 1; split < splits; split++)
+                sum += from[split * count + i];
+            to[i] = sum;
+        }
+    }
+    return BOFT_OK;
+}

@@ -1,0 +1,81 @@
+/*
+ * Every vector kernel of one variant, as the table KERNELS. The including file has included a vec_*.h before and defines
+ * KERNELS and KERNELS_NAME. REAL is the type of the arithmetic, FN(x) and VEC(x) name functions and vectors of it.
+ */
+#include "gather.h"
+#include "invert.h"
+#include "tiles.h"
+
+#include <string.h>
+
+#define REAL float
+#define FN(name) name##_of_float
+#define VEC(name) name##_float
+#include "gemm_template.h"
+#include "cayley_template.h"
+#include "collapse_template.h"
+#include "rotate_template.h"
+
+#define DATA float
+#define LOAD(name) name##_float
+#define DATA_FN(name) name##_of_f32
+#include "scale_template.h"
+#define DATA uint16_t
+#define LOAD(name) name##_bf16
+#define DATA_FN(name) name##_of_bf16
+#include "scale_template.h"
+#define DATA uint16_t
+#define LOAD(name) name##_f16
+#define DATA_FN(name) name##_of_f16
+#include "scale_template.h"
+#undef REAL
+#undef FN
+#undef VEC
+
+#define REAL double
+#define FN(name) name##_of_double
+#define VEC(name) name##_double
+#include "gemm_template.h"
+#include "cayley_template.h"
+#include "collapse_template.h"
+#include "rotate_template.h"
+
+#define DATA double
+#define LOAD(name) name##_double
+#define DATA_FN(name) name##_of_f64
+#include "scale_template.h"
+#undef REAL
+#undef FN
+#undef VEC
+
+static void scale_of_float(const boft_scale_args *args, int64_t begin, int64_t end)
+{
+    if (args->dtype == BOFT_BF16)
+        scale_of_bf16(args, begin, end);
+    else if (args->dtype == BOFT_F16)
+        scale_of_f16(args, begin, end);
+    else
+        scale_of_f32(args, begin, end);
+}
+
+static void scale_backward_of_float(const boft_scale_backward_args *args, int64_t begin, int64_t end)
+{
+    if (args->dtype == BOFT_BF16)
+        scale_backward_of_bf16(args, begin, end);
+    else if (args->dtype == BOFT_F16)
+        scale_backward_of_f16(args, begin, end);
+    else
+        scale_backward_of_f32(args, begin, end);
+}
+
+const boft_kernels KERNELS = {
+    .name = KERNELS_NAME,
+    .cayley = {cayley_of_float, cayley_of_double},
+    .cayley_backward = {cayley_backward_of_float, cayley_backward_of_double},
+    .collapse = {collapse_of_float, collapse_of_double},
+    .collapse_backward = {collapse_backward_of_float, collapse_backward_of_double},
+    .rotate = {rotate_of_float, rotate_of_double},
+    .rotate_backward = {rotate_backward_of_float, rotate_backward_of_double},
+    .scale = {scale_of_float, scale_of_f64},
+    .scale_backward = {scale_backward_of_float, scale_backward_of_f64},
+};

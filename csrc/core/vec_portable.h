@@ -1,0 +1,52 @@
+/*
+ * Vectors of 16 bytes by the compiler's vector extension, for any processor; the names are those that vec_avx512.h
+ * lists. fma() rounds twice unless the compiler is allowed to contract.
+ */
+#include "convert.h"
+
+#define VEC_ATTR
+#define VEC_FN static inline __attribute__((always_inline))
+enum { VEC_LANES_float = 4, VEC_LANES_double = 2, VEC_TILE_ROWS_WIDE = 4 };
+typedef float vec_float __attribute__((vector_size(16)));
+typedef double vec_double __attribute__((vector_size(16)));
+
+#define VEC_PORTABLE(T)                                                                                                \
+    VEC_FN vec_##T zero_##T(void) { return (vec_##T){0}; }                                                             \
+    VEC_FN vec_##T set1_##T(T a) { return a - (vec_##T){0}; }                                                          \
+    VEC_FN vec_##T loadn_##T(const T *p, int64_t n)                                                                    \
+    {                                                                                                                  \
+        vec_##T a = {0};                                                                                               \
+        memcpy(&a, p, (size_t)n * sizeof(T));                                                                          \
+        return a;                                                                                                      \
+    }                                                                                                                  \
+    VEC_FN vec_##T load_##T(const T *p) { return loadn_##T(p, VEC_LANES_##T); }                                        \
+    VEC_FN void storen_##T(T *p, vec_##T a, int64_t n) { memcpy(p, &a, (size_t)n * sizeof(T)); }                       \
+    VEC_FN void store_##T(T *p, vec_##T a) { storen_##T(p, a, VEC_LANES_##T); }                                        \
+    VEC_FN vec_##T fma_##T(vec_##T a, vec_##T b, vec_##T c) { return a * b + c; }                                      \
+    VEC_FN vec_##T add_##T(vec_##T a, vec_##T b) { return a + b; }                                                     \
+    VEC_FN vec_##T sub_##T(vec_##T a, vec_##T b) { return a - b; }                                                     \
+    VEC_FN vec_##T mul_##T(vec_##T a, vec_##T b) { return a * b; }
+
+VEC_PORTABLE(float)
+VEC_PORTABLE(double)
+#undef VEC_PORTABLE
+
+#define VEC_PORTABLE_16(S)                                                                                             \
+    VEC_FN vec_float loadn_##S(const uint16_t *p, int64_t n)                                                           \
+    {                                                                                                                  \
+        vec_float a = {0};                                                                                             \
+        for (int64_t i = 0; i < n; i++)                                                                                \
+            a[i] = boft_from_##S(p[i]);                                                                                \
+        return a;                                                                                                      \
+    }                                                                                                                  \
+    VEC_FN vec_float load_##S(const uint16_t *p) { return loadn_##S(p, VEC_LANES_float); }                             \
+    VEC_FN void storen_##S(uint16_t *p, vec_float a, int64_t n)                                                        \
+    {                                                                                                                  \
+        for (int64_t i = 0; i < n; i++)                                                                                \
+            p[i] = boft_to_##S(a[i]);                                                                                  \
+    }                                                                                                                  \
+    VEC_FN void store_##S(uint16_t *p, vec_float a) { storen_##S(p, a, VEC_LANES_float); }
+
+VEC_PORTABLE_16(bf16)
+VEC_PORTABLE_16(f16)
+#undef VEC_PORTABLE_16
