@@ -1,0 +1,111 @@
+"""The device-independent form of each operator: slower, never different.
+
+Runs on devices without kernels of this package, and on the CPU inside ``ops.without_kernels()``. Built from
+`reference.py` alone; shapes, dtypes and rounding are those of the kernels.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from . import _C
+from . import reference as ref
+
+_log = logging.getLogger("boft_ext")
+_announced: set[str] = set()
+
+
+def _announce(device: torch.device) -> None:
+    if device.type not in _announced:
+        _announced.add(device.type)
+        _log.info("boft_ext: no kernels in use for device %s; its operators run in plain torch", device.type)
+
+
+def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    d = x.shape[-1]
+    return x.reshape(x.numel() // d if d else 0, d).to(dtype)
+
+
+def _check_blocks(x: Tensor, blocks: Tensor, b: int, levels: list[ref.Level]) -> None:
+    d = x.shape[-1]
+    expected = sum(ref.level_sizes(d, b, levels))
+    if blocks.numel() != expected:
+        raise ValueError(f"rotate: {blocks.numel()} elements of blocks do not fit {d} channels, which have {expected}")
+    if blocks.dtype != ref.accumulate_dtype(x.dtype):
+        raise TypeError(f"rotate: {x.dtype} data needs {ref.accumulate_dtype(x.dtype)} blocks, got {blocks.dtype}")
+
+
+def blocks(boft_R: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`boft::blocks` for any device."""
+    _announce(boft_R.device)
+    m, count, b, _ = boft_R.shape
+    levels = _C.levels(count * b, b, m)
+    q = ref.cayley(boft_R, None if keep is None else keep.view(m, count))
+    return ref.collapse(q, levels), q if m > 1 else q.new_empty(0)
+
+
+def blocks_backward(dblocks: Tensor, q: Tensor, keep: Tensor | None) -> Tensor:
+    """`boft::blocks_backward` for any device."""
+    m, count, b, _ = q.shape
+    dq = ref.collapse_backward(dblocks, q, _C.levels(count * b, b, m))
+    return ref.cayley_backward(dq, q, None if keep is None else keep.view(m, count))
+
+
+def rotate(x: Tensor, blocks: Tensor, b: int, m: int, transpose: bool) -> Tensor:
+    """`boft::rotate` for any device."""
+    _announce(x.device)
+    levels = _C.levels(x.shape[-1], b, m)
+    _check_blocks(x, blocks, b, levels)
+    y = ref.rotate_blocks(_rows(x, blocks.dtype), blocks, b, levels, transpose)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(y.view(x.shape))
+
+
+def rotate_backward(
+    dy: Tensor, x: Tensor, blocks: Tensor, b: int, m: int, transpose: bool, need_x: bool, need_blocks: bool
+) -> tuple[Tensor, Tensor]:
+    """`boft::rotate_backward` for any device."""
+    levels = _C.levels(dy.shape[-1], b, m)
+    _check_blocks(dy, blocks, b, levels)
+    rows = _rows(dy, blocks.dtype)
+    if need_blocks:
+        dx, dblocks = ref.rotate_blocks_backward(rows, _rows(x, blocks.dtype), blocks, b, levels, transpose)
+    else:
+        dx, dblocks = ref.rotate_blocks(rows, blocks, b, levels, not transpose), blocks.new_empty(0)
+    if not need_x:
+        return dy.new_empty(0), dblocks
+    return torch.empty(dy.shape, dtype=dy.dtype, device=dy.device).copy_(dx.view(dy.shape)), dblocks
+
+
+def scale(z: Tensor, s: Tensor, bias: Tensor | None) -> Tensor:
+    """`boft::scale` for any device."""
+    _announce(z.device)
+    _check_scale(z, s, bias)
+    out = ref.scale(z, s.flatten(), bias)
+    return out.contiguous()
+
+
+def _check_scale(z: Tensor, s: Tensor, bias: Tensor | None) -> None:
+    n = z.shape[-1]
+    for what, values in (("boft_s", s), ("bias", bias)):
+        if values is not None and values.numel() != n:
+            raise ValueError(f"scale: {n} outputs need {n} values of {what}, got {list(values.shape)}")
+
+
+def scale_backward(
+    dy: Tensor, z: Tensor | None, s: Tensor, bias: Tensor | None, need_z: bool, need_s: bool, need_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`boft::scale_backward` for any device."""
+    dtype = ref.accumulate_dtype(dy.dtype)
+    grad, factors = _rows(dy, dtype), s.flatten().to(dtype)
+    shift = 0 if bias is None else bias.to(dtype)
+    none = grad.new_empty(0, grad.shape[1])
+    dz = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device).copy_((grad * factors).view(dy.shape)) if need_z else None
+    ds = (grad * (_rows(z, dtype) - shift)).sum(0).to(s.dtype).view(s.shape) if need_s else none
+    dbias = (grad.sum(0) * (1 - factors)).to(bias.dtype).view(bias.shape) if need_bias else none
+    return dy.new_empty(0) if dz is None else dz, ds, dbias
+
+
+FORMS = (blocks, blocks_backward, rotate, rotate_backward, scale, scale_backward)

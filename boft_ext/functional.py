@@ -1,0 +1,178 @@
+"""The butterfly rotation, the scale and the merge as functions.
+
+Every function is differentiable in its tensor arguments unless it says otherwise, never writes to them, allocates its
+result and may be called from several threads. Bad shapes raise ValueError, bad dtypes TypeError, both naming the values.
+
+Shapes use the paper's names: ``d`` channels, block size ``b``, ``D = d / b`` blocks, ``m`` butterfly factors.
+A rotation exists for ``m == 1`` (any b) or for even b with ``d`` divisible by ``b 2^(m-1)``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .blocks_cache import cached_blocks
+from .reference import accumulate_dtype
+
+__all__ = ["blocks", "cayley", "dropout_keep", "rotate", "rotate_weight", "rotation_matrix", "scale", "unrotate_weight"]
+
+
+def cayley(a: Tensor, keep: Tensor | None = None) -> Tensor:
+    """Orthogonal matrices ``(I - S)(I + S)^-1`` with ``S = (A - A^T) / 2`` (paper section 3, PEFT `cayley_batch`).
+
+    Args:
+        a: ``(..., b, b)``, any floating dtype; 16-bit input is computed in float32.
+        keep: optional ``(...)`` bool; where it is False the result is the identity and the gradient zero.
+
+    Returns: ``(..., b, b)``; float32 for 16-bit input, otherwise the dtype of `a`.
+    """
+    if a.dim() < 2 or a.shape[-1] != a.shape[-2]:
+        raise ValueError(f"cayley: expected (..., b, b), got {tuple(a.shape)}")
+    b = a.shape[-1]
+    flat = a.to(accumulate_dtype(a.dtype)).reshape(1, -1, b, b)
+    flat_keep = None if keep is None else keep.expand(a.shape[:-2]).reshape(1, -1)
+    return torch.ops.boft.blocks(flat, flat_keep)[0].view(a.shape)
+
+
+def blocks(boft_R: Tensor, dtype: torch.dtype, keep: Tensor | None = None) -> Tensor:
+    """The collapsed blocks that rotate data of `dtype`: Cayley, dropout and the product of the factors.
+
+    Independent of the data: compute once and pass to `rotate` several times. With gradients off the result is reused
+    for as long as the bytes of `boft_R` stay the same; treat it as read-only.
+
+    Args:
+        boft_R: ``(m, D, b, b)``, any floating dtype. dtype: of the data to rotate. keep: optional ``(m, D)`` bool.
+
+    Returns: a vector for `rotate`, float64 when `dtype` is, otherwise float32.
+    """
+    if boft_R.dim() != 4 or boft_R.shape[-1] != boft_R.shape[-2]:
+        raise ValueError(f"boft_R: expected (m, d / b, b, b), got {tuple(boft_R.shape)}")
+    arithmetic = accumulate_dtype(dtype)
+    if keep is None and not (torch.is_grad_enabled() and boft_R.requires_grad) and not torch.compiler.is_compiling():
+        return cached_blocks(boft_R, arithmetic)
+    return torch.ops.boft.blocks(boft_R.to(arithmetic), keep)[0]
+
+
+def rotate(
+    x: Tensor,
+    boft_R: Tensor,
+    *,
+    keep: Tensor | None = None,
+    transpose: bool = False,
+) -> Tensor:
+    """``x R``, the butterfly rotation of the last axis (paper equation 5; PEFT `Linear.forward`).
+
+    16-bit data is computed in float32 and rounded once. Under autocast `x` is rotated in the autocast dtype.
+
+    Args:
+        x: ``(..., d)``, float32, float64, bfloat16 or float16; any strides, any number of rows including none.
+        boft_R: ``(m, D, b, b)``, any floating dtype, unconstrained.
+        keep: optional ``(m, D)`` bool; blocks where it is False are the identity and get no gradient.
+        transpose: rotate by ``R^T``, the inverse, instead.
+
+    Returns: a new tensor of the shape and dtype of `x` (under autocast: the autocast dtype).
+    """
+    m, _, b, _ = boft_R.shape if boft_R.dim() == 4 else (0, 0, 0, 0)
+    dtype = x.dtype
+    return torch.ops.boft.rotate(x, blocks(boft_R, dtype, keep), b, m, transpose)
+
+
+def scale(z: Tensor, boft_s: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``z s + bias (1 - s)``: the scale of a layer whose output `z` already holds its bias (PEFT `Linear.forward`).
+
+    Args:
+        z: ``(..., n)``. boft_s: n values of any shape, so PEFT's ``(n, 1)`` and ``(1, n)`` fit. bias: ``(n)`` or None.
+
+    Returns: a new tensor of the shape and dtype of `z`. Saves `z` for backward only when `boft_s` needs a gradient.
+    """
+    return torch.ops.boft.scale(z, boft_s, bias)
+
+
+def _group_rows(weight: Tensor, groups: int) -> Tensor:
+    """``(out, d / groups)`` -> ``(out / groups, d)``: row r of every group side by side."""
+    out, columns = weight.shape
+    return weight.view(groups, out // groups, columns).transpose(0, 1).reshape(out // groups, groups * columns)
+
+
+def _rotate_rows(weight: Tensor, boft_R: Tensor, groups: int, keep: Tensor | None, transpose: bool) -> Tensor:
+    """Rotate the rows of a flattened weight ``(out, d / groups)`` by ``R^T`` (`transpose`) or ``R``."""
+    out, columns = weight.shape
+    if groups == 1:
+        return rotate(weight, boft_R, keep=keep, transpose=transpose)
+    m, _, b, _ = boft_R.shape
+    if columns % (b * 2 ** (m - 1)) != 0:
+        raise ValueError(
+            f"a group of {columns} unfolded channels (groups = {groups}) cannot be rotated by itself: it must be "
+            f"divisible by b 2^(m-1) = {b * 2 ** (m - 1)} (b = {b}, m = {m})"
+        )
+    rotated = rotate(_group_rows(weight, groups), boft_R, keep=keep, transpose=transpose)
+    return rotated.view(out // groups, groups, columns).transpose(0, 1).reshape(out, columns)
+
+
+def rotate_weight(
+    weight: Tensor,
+    boft_R: Tensor,
+    boft_s: Tensor | None = None,
+    *,
+    groups: int = 1,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """The merged weight ``diag(s) W R^T`` (PEFT `Linear.merge`, `Conv2d.merge`). Ignores autocast.
+
+    Args:
+        weight: ``(out, in)`` or a convolution's ``(out, in / groups, kh, kw)``, flattened to ``(out, in kh kw / groups)``.
+        boft_R: ``(m, D, b, b)`` over all ``in kh kw`` unfolded channels.
+        boft_s: out values of any shape, or None for ones.
+        groups: of the convolution; every group uses its own diagonal part of R, so ``in kh kw / groups`` must be
+            divisible by ``b 2^(m-1)`` (ValueError otherwise).
+        keep: see `rotate`.
+
+    Returns: a new contiguous tensor of the shape and dtype of `weight`, rounded once.
+    """
+    with torch.autocast(weight.device.type, enabled=False):
+        flat = weight.reshape(weight.shape[0], -1).to(accumulate_dtype(weight.dtype))
+        rotated = _rotate_rows(flat, boft_R, groups, keep, transpose=True)
+        if boft_s is not None:
+            rotated = rotated * boft_s.reshape(-1, 1).to(rotated.dtype)
+        return rotated.to(weight.dtype).view(weight.shape)
+
+
+def unrotate_weight(weight: Tensor, boft_R: Tensor, boft_s: Tensor | None = None, *, groups: int = 1) -> Tensor:
+    """Undo `rotate_weight`: ``diag(1 / s) W' R`` (PEFT `Linear.unmerge`). Arguments and result as there.
+
+    Raises: ValueError naming the first row whose scale is zero, since such a row cannot be recovered.
+    """
+    with torch.autocast(weight.device.type, enabled=False):
+        flat = weight.reshape(weight.shape[0], -1).to(accumulate_dtype(weight.dtype))
+        if boft_s is not None:
+            s = boft_s.reshape(-1, 1).to(flat.dtype)
+            zero = (s == 0).flatten().nonzero()
+            if zero.numel():
+                raise ValueError(f"boft_s is 0 for output {int(zero[0])}: a merge with it cannot be undone")
+            flat = flat / s
+        return _rotate_rows(flat, boft_R, groups, None, transpose=False).to(weight.dtype).view(weight.shape)
+
+
+def rotation_matrix(boft_R: Tensor) -> Tensor:
+    """The dense ``(d, d)`` matrix R, for looking at; nothing in this package uses it. float32 for 16-bit input."""
+    dtype = accumulate_dtype(boft_R.dtype)
+    d = boft_R.shape[1] * boft_R.shape[-1]
+    return rotate(torch.eye(d, dtype=dtype, device=boft_R.device), boft_R)
+
+
+def dropout_keep(m: int, blocks: int, p: float, device: torch.device | str = "cpu") -> Tensor:
+    """Which blocks a training step keeps, by PEFT's rule (`MultiplicativeDropoutLayer.forward`).
+
+    One factor is drawn and ``int(p D)`` of its D blocks are dropped. Draws from the CPU generator exactly as PEFT does
+    (one `randint`, one `randperm`), so equal seeds give equal masks, whatever the device.
+
+    Args:
+        m, blocks: factors and blocks D of the layer. p: the fraction, 0 <= p <= 1. device: of the result.
+
+    Returns: ``(m, blocks)`` bool, False where a block is replaced by the identity. No gradient.
+    """
+    factor = torch.randint(0, m, (1,))
+    keep = (torch.arange(m) != factor).unsqueeze(1) | (torch.randperm(blocks) >= int(p * blocks))
+    return keep.to(device)

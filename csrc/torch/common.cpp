@@ -1,0 +1,50 @@
+#include "common.h"
+
+#include <ATen/ops/empty.h>
+
+namespace boft {
+
+void check(boft_status status) {
+  if (status == BOFT_OK) return;
+  TORCH_CHECK_TYPE(status != BOFT_BAD_DTYPE, boft_last_error());
+  TORCH_CHECK_VALUE(false, boft_last_error());
+}
+
+boft_dtype data_dtype(const at::Tensor& tensor, const char* what) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+      return BOFT_F32;
+    case at::kDouble:
+      return BOFT_F64;
+    case at::kBFloat16:
+      return BOFT_BF16;
+    case at::kHalf:
+      return BOFT_F16;
+    default:
+      TORCH_CHECK_TYPE(false, what, ": expected float32, float64, bfloat16 or float16, got ", tensor.scalar_type());
+  }
+}
+
+at::ScalarType real_dtype(at::ScalarType data) {
+  return data == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+boft_plan make_plan(int64_t d, int64_t b, int64_t m) {
+  boft_plan plan;
+  check(boft_plan_make(d, b, m, &plan));
+  return plan;
+}
+
+Rows::Rows(const at::Tensor& any) : tensor(any) {
+  columns = tensor.size(-1);
+  rows = columns == 0 ? 0 : tensor.numel() / columns;
+  if (tensor.dim() != 2) tensor = tensor.reshape({rows, columns});
+  if (columns > 1 && tensor.stride(1) != 1) tensor = tensor.contiguous();
+  stride = rows > 1 ? tensor.stride(0) : columns;
+}
+
+at::Tensor empty_contiguous(const at::Tensor& tensor) {
+  return at::empty(tensor.sizes(), tensor.options().memory_format(at::MemoryFormat::Contiguous));
+}
+
+}  // namespace boft

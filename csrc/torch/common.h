@@ -1,0 +1,54 @@
+// What the operators share: checks that become Python exceptions, rows of tensors, threads and workspaces.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <c10/core/CPUAllocator.h>
+
+#include <algorithm>
+#include <atomic>
+
+#include "boft.h"
+
+namespace boft {
+
+// Turns a refusal of the core into ValueError or TypeError with the core's message.
+void check(boft_status status);
+
+// The dtype as the core names it; TypeError, naming `what` and the dtype, if it is not one of the four.
+boft_dtype data_dtype(const at::Tensor& tensor, const char* what);
+
+// float64 for float64 data, float32 for all others: the dtype of blocks, scales and arithmetic.
+at::ScalarType real_dtype(at::ScalarType data);
+
+// The plan for (d, b, m); ValueError if there is none.
+boft_plan make_plan(int64_t d, int64_t b, int64_t m);
+
+// `tensor` as rows of its last axis: contiguous columns and one row stride, copied only where strides demand it.
+struct Rows {
+  at::Tensor tensor;
+  int64_t rows, columns, stride;
+  explicit Rows(const at::Tensor& tensor);
+  const void* data() const { return tensor.const_data_ptr(); }
+};
+
+// A contiguous tensor like `tensor`, which has at least one axis.
+at::Tensor empty_contiguous(const at::Tensor& tensor);
+
+// Elements of work, roughly multiply-adds, that pay for handing a part to another thread (about 10 us of one core).
+constexpr int64_t kWorkPerThread = 1 << 18;
+
+// Runs f(begin, end, workspace) over [0, count) on torch's threads, `work` elements in all, each call with its own
+// workspace. f returns a status; the first refusal is raised in the calling thread, where the core left its message.
+template <typename F>
+void parallel(int64_t count, int64_t work, size_t workspace_bytes, const F& f) {
+  const int64_t each = std::max<int64_t>(1, work / std::max<int64_t>(1, count));
+  const int64_t grain = std::max<int64_t>(1, kWorkPerThread / each);
+  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    c10::DataPtr workspace;
+    if (workspace_bytes > 0) workspace = c10::GetCPUAllocator()->allocate(workspace_bytes);
+    check(f(begin, end, workspace.get()));
+  });
+}
+
+}  // namespace boft

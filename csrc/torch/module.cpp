@@ -1,0 +1,87 @@
+// The module boft_ext._C: schemas of the operators, the switch of their CPU kernels, and what the build knows.
+#include "common.h"
+#include "ops.h"
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace py = pybind11;
+
+TORCH_LIBRARY(boft, library) {
+  // boft_R (m, d / b, b, b), keep (m, d / b) bool -> blocks of all levels, and Q of boft_R's shape (empty for m = 1).
+  library.def("blocks(Tensor boft_R, Tensor? keep) -> (Tensor blocks, Tensor q)");
+  library.def("blocks_backward(Tensor dblocks, Tensor q, Tensor? keep) -> Tensor");
+  // x (..., d) -> x R, or x R^T. Gradients that are not needed come back empty.
+  library.def("rotate(Tensor x, Tensor blocks, int b, int m, bool transpose) -> Tensor");
+  library.def(
+      "rotate_backward(Tensor dy, Tensor x, Tensor blocks, int b, int m, bool transpose, bool need_x, bool need_blocks) "
+      "-> (Tensor dx, Tensor dblocks)");
+  // z (..., n) -> z s + bias (1 - s).
+  library.def("scale(Tensor z, Tensor s, Tensor? bias) -> Tensor");
+  library.def(
+      "scale_backward(Tensor dy, Tensor? z, Tensor s, Tensor? bias, bool need_z, bool need_s, bool need_bias) "
+      "-> (Tensor dz, Tensor ds, Tensor dbias)");
+}
+
+// A second derivative is refused rather than silently wrong.
+TORCH_LIBRARY_IMPL(boft, Autograd, library) {
+  library.impl("blocks_backward", torch::autograd::autogradNotImplementedFallback());
+  library.impl("rotate_backward", torch::autograd::autogradNotImplementedFallback());
+  library.impl("scale_backward", torch::autograd::autogradNotImplementedFallback());
+}
+
+namespace {
+
+// The CPU kernels, while they are in use: without them the operators run their device-independent form.
+std::optional<torch::Library>& cpu_kernels() {
+  static std::optional<torch::Library> library;
+  return library;
+}
+
+void use_cpu_kernels(bool use) {
+  auto& library = cpu_kernels();
+  if (use == library.has_value()) return;
+  library.reset();
+  if (!use) return;
+  library.emplace(torch::Library::IMPL, "boft", c10::DispatchKey::CPU, __FILE__, __LINE__);
+  boft::register_blocks_cpu(*library);
+  boft::register_rotate_cpu(*library);
+  boft::register_scale_cpu(*library);
+}
+
+std::vector<std::pair<int64_t, int64_t>> levels(int64_t d, int64_t b, int64_t m) {
+  const boft_plan plan = boft::make_plan(d, b, m);
+  std::vector<std::pair<int64_t, int64_t>> out;
+  for (int64_t i = 0; i < plan.levels; i++) out.emplace_back(plan.level[i].first, plan.level[i].factors);
+  return out;
+}
+
+std::vector<std::string> cpu_variants() {
+  std::vector<std::string> out;
+  for (int i = 0; const char* name = boft_cpu_variant(i); i++)
+    if (boft_cpu_supported(name)) out.emplace_back(name);
+  return out;
+}
+
+void select_cpu_variant(const std::optional<std::string>& name) {
+  boft::check(boft_cpu_select(name.has_value() ? name->c_str() : nullptr));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.def("use_cpu_kernels", use_cpu_kernels, "Register (True) or withdraw (False) the CPU kernels. Idempotent.");
+  module.def("cpu_kernels_in_use", [] { return cpu_kernels().has_value(); });
+  module.def("levels", levels, "(first, factors) of each level for (d, b, m), lowest first; ValueError if invalid.");
+  module.def("cpu_variants", cpu_variants, "The kernel variants that this processor can run, best first.");
+  module.def("cpu_variant", [] { return std::string(boft_cpu_name()); }, "The kernel variant in use.");
+  module.def("select_cpu_variant", select_cpu_variant,
+             "Use a variant by name; None means BOFT_CPU if set, else the best. ValueError if it cannot run here.");
+  module.attr("compiler") = std::string(__VERSION__);
+}

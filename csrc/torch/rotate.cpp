@@ -1,0 +1,173 @@
+// boft::rotate: x R, and its backward.
+#include "common.h"
+#include "ops.h"
+
+#include <ATen/autocast_mode.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+namespace boft {
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+void check_rotate(const Tensor& x, const Tensor& blocks, const boft_plan& plan) {
+  TORCH_CHECK_VALUE(blocks.numel() == plan.count, "rotate: ", blocks.numel(), " elements of blocks do not fit ", plan.d,
+                    " channels with b = ", plan.b, " and m = ", plan.m, ", which have ", plan.count);
+  const at::ScalarType real = real_dtype(x.scalar_type());
+  TORCH_CHECK_TYPE(blocks.scalar_type() == real, "rotate: ", x.scalar_type(), " data needs ", real, " blocks, got ",
+                   blocks.scalar_type());
+}
+
+boft_plan plan_of(const Tensor& x, int64_t b, int64_t m) {
+  TORCH_CHECK_VALUE(x.dim() >= 1, "rotate: x needs at least one axis");
+  return make_plan(x.size(-1), b, m);
+}
+
+// Multiply-adds per element of x.
+int64_t work_per_element(const boft_plan& plan) {
+  int64_t work = 0;
+  for (int64_t i = 0; i < plan.levels; i++) work += plan.level[i].group + 8;
+  return work;
+}
+
+Tensor transposed(const boft_plan& plan, boft_dtype real, const Tensor& blocks) {
+  Tensor out = at::empty_like(blocks);
+  for (int64_t i = 0; i < plan.levels; i++) {
+    const int64_t group = plan.level[i].group, groups = plan.d / group;
+    parallel(groups, groups * group * group, 0, [&](int64_t begin, int64_t end, void*) {
+      return boft_transpose(&plan, real, i, begin, end, blocks.const_data_ptr(), out.mutable_data_ptr());
+    });
+  }
+  return out;
+}
+
+Tensor rotate_cpu(const Tensor& x, const Tensor& blocks_any, int64_t b, int64_t m, bool transpose) {
+  const boft_dtype dtype = data_dtype(x, "x"), real = dtype == BOFT_F64 ? BOFT_F64 : BOFT_F32;
+  const boft_plan plan = plan_of(x, b, m);
+  check_rotate(x, blocks_any, plan);
+  const Rows in(x);
+  const Tensor given = blocks_any.contiguous();
+  const Tensor blocks = transpose ? transposed(plan, real, given) : given;
+  Tensor y = empty_contiguous(x);
+  const boft_rotate_args args = {&plan,     dtype, transpose, in.rows, in.data(), in.stride, blocks.const_data_ptr(),
+                                 y.mutable_data_ptr(), plan.d};
+  parallel(in.rows, in.rows * plan.d * work_per_element(plan), boft_rotate_workspace(&plan, dtype),
+           [&](int64_t begin, int64_t end, void* ws) { return boft_rotate(&args, begin, end, ws); });
+  return y;
+}
+
+std::tuple<Tensor, Tensor> rotate_backward_cpu(const Tensor& dy, const Tensor& x, const Tensor& blocks_any, int64_t b,
+                                               int64_t m, bool transpose, bool need_x, bool need_blocks) {
+  const boft_dtype dtype = data_dtype(dy, "dy"), real = dtype == BOFT_F64 ? BOFT_F64 : BOFT_F32;
+  const boft_plan plan = plan_of(dy, b, m);
+  check_rotate(dy, blocks_any, plan);
+  TORCH_CHECK_VALUE(!need_blocks || x.sizes() == dy.sizes(), "rotate backward: x ", x.sizes(), " and dy ", dy.sizes(),
+                    " differ");
+  TORCH_CHECK_TYPE(!need_blocks || x.scalar_type() == dy.scalar_type(), "rotate backward: x is ", x.scalar_type(),
+                   " and dy ", dy.scalar_type());
+  const Rows grad(dy), in(need_blocks ? x : dy);
+  const Tensor given = blocks_any.contiguous(), flipped = transposed(plan, real, given);
+  const int64_t splits = boft_rotate_backward_splits(&plan, grad.rows);
+  Tensor dx = need_x ? empty_contiguous(dy) : at::empty({0}, dy.options());
+  Tensor dblocks = at::empty({need_blocks ? plan.count : 0}, given.options());
+  Tensor parts = need_blocks && splits > 1 ? at::empty({splits, plan.count}, given.options()) : dblocks;
+  boft_rotate_backward_args args = {};
+  args.plan = &plan;
+  args.dtype = dtype;
+  args.transpose = transpose;
+  args.rows = grad.rows;
+  args.dy = grad.data();
+  args.dy_stride = grad.stride;
+  args.x = need_blocks ? in.data() : nullptr;
+  args.x_stride = in.stride;
+  args.blocks = (transpose ? flipped : given).const_data_ptr();
+  args.blocks_back = (transpose ? given : flipped).const_data_ptr();
+  args.dx = need_x ? dx.mutable_data_ptr() : nullptr;
+  args.dx_stride = plan.d;
+  args.dblocks = need_blocks ? parts.mutable_data_ptr() : nullptr;
+  parallel(boft_rotate_backward_tasks(&plan, grad.rows), grad.rows * plan.d * work_per_element(plan) * 2,
+           boft_rotate_backward_workspace(&plan, dtype),
+           [&](int64_t begin, int64_t end, void* ws) { return boft_rotate_backward(&args, begin, end, ws); });
+  if (need_blocks && splits > 1) {
+    parallel(plan.count, plan.count * splits, 0, [&](int64_t begin, int64_t end, void*) {
+      return boft_sum_splits(real, splits, plan.count, parts.const_data_ptr(), dblocks.mutable_data_ptr(), begin, end);
+    });
+  }
+  return {dx, dblocks};
+}
+
+Tensor call_rotate(const Tensor& x, const Tensor& blocks, int64_t b, int64_t m, bool transpose) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("boft::rotate", "")
+                             .typed<Tensor(const Tensor&, const Tensor&, int64_t, int64_t, bool)>();
+  return op.call(x, blocks, b, m, transpose);
+}
+
+std::tuple<Tensor, Tensor> call_rotate_backward(const Tensor& dy, const Tensor& x, const Tensor& blocks, int64_t b,
+                                                int64_t m, bool transpose, bool need_x, bool need_blocks) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("boft::rotate_backward", "")
+          .typed<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t, bool, bool,
+                                            bool)>();
+  return op.call(dy, x, blocks, b, m, transpose, need_x, need_blocks);
+}
+
+class RotateFunction : public torch::autograd::Function<RotateFunction> {
+ public:
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& blocks, int64_t b, int64_t m,
+                        bool transpose) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    // x is needed for the gradient of the blocks alone.
+    ctx->save_for_backward({blocks.requires_grad() ? x : Tensor(), blocks});
+    ctx->saved_data["b"] = b;
+    ctx->saved_data["m"] = m;
+    ctx->saved_data["transpose"] = transpose;
+    return call_rotate(x, blocks, b, m, transpose);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    const bool need_x = ctx->needs_input_grad(0), need_blocks = ctx->needs_input_grad(1);
+    auto [dx, dblocks] = call_rotate_backward(
+        grads[0], saved[0].defined() ? saved[0] : grads[0], saved[1], ctx->saved_data["b"].toInt(),
+        ctx->saved_data["m"].toInt(), ctx->saved_data["transpose"].toBool(), need_x, need_blocks);
+    return {need_x ? dx : Tensor(), need_blocks ? dblocks : Tensor(), Tensor(), Tensor(), Tensor()};
+  }
+};
+
+Tensor rotate_autograd(const Tensor& x, const Tensor& blocks, int64_t b, int64_t m, bool transpose) {
+  return RotateFunction::apply(x, blocks, b, m, transpose);
+}
+
+template <c10::DeviceType device, c10::DispatchKey key>
+Tensor rotate_autocast(const Tensor& x, const Tensor& blocks, int64_t b, int64_t m, bool transpose) {
+  c10::impl::ExcludeDispatchKeyGuard guard(key);
+  const at::ScalarType to = at::autocast::get_autocast_dtype(device);
+  return call_rotate(at::autocast::cached_cast(to, x, device), blocks, b, m, transpose);
+}
+
+}  // namespace
+
+void register_rotate_cpu(torch::Library& library) {
+  library.impl("rotate", rotate_cpu);
+  library.impl("rotate_backward", rotate_backward_cpu);
+}
+
+TORCH_LIBRARY_IMPL(boft, Autograd, library) {
+  library.impl("rotate", rotate_autograd);
+}
+
+TORCH_LIBRARY_IMPL(boft, AutocastCPU, library) {
+  library.impl("rotate", rotate_autocast<c10::DeviceType::CPU, c10::DispatchKey::AutocastCPU>);
+}
+
+TORCH_LIBRARY_IMPL(boft, AutocastCUDA, library) {
+  library.impl("rotate", rotate_autocast<c10::DeviceType::CUDA, c10::DispatchKey::AutocastCUDA>);
+}
+
+}  // namespace boft

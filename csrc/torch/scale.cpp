@@ -1,0 +1,145 @@
+// boft::scale: z s + bias (1 - s), and its backward.
+#include "common.h"
+#include "ops.h"
+
+#include <ATen/ops/empty.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+namespace boft {
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// A scale or bias of n values as a contiguous vector of the arithmetic's dtype.
+Tensor real_vector(const Tensor& values, int64_t n, at::ScalarType real, const char* what) {
+  TORCH_CHECK_VALUE(values.numel() == n, "scale: ", n, " outputs need ", n, " values of ", what, ", got ",
+                    values.sizes());
+  TORCH_CHECK_TYPE(values.is_floating_point(), "scale: ", what, " is ", values.scalar_type());
+  return values.reshape({n}).to(real).contiguous();
+}
+
+int64_t outputs_of(const Tensor& z) {
+  TORCH_CHECK_VALUE(z.dim() >= 1, "scale: z needs at least one axis");
+  return z.size(-1);
+}
+
+// Sums over rows, one vector per split, added in order and given the shape and dtype of `like`.
+Tensor sum_splits(const Tensor& parts, boft_dtype real, const Tensor& like) {
+  const int64_t splits = parts.size(0), n = parts.size(1);
+  Tensor sum = at::empty({n}, parts.options());
+  parallel(n, n * splits, 0, [&](int64_t begin, int64_t end, void*) {
+    return boft_sum_splits(real, splits, n, parts.const_data_ptr(), sum.mutable_data_ptr(), begin, end);
+  });
+  return sum.to(like.scalar_type()).view(like.sizes());
+}
+
+Tensor scale_cpu(const Tensor& z, const Tensor& s, const std::optional<Tensor>& bias) {
+  const boft_dtype dtype = data_dtype(z, "z");
+  const int64_t n = outputs_of(z);
+  const at::ScalarType real = real_dtype(z.scalar_type());
+  const Tensor factors = real_vector(s, n, real, "boft_s");
+  const Tensor shifts = bias.has_value() ? real_vector(*bias, n, real, "bias") : Tensor();
+  const Rows in(z);
+  Tensor out = empty_contiguous(z);
+  const boft_scale_args args = {dtype,     in.rows, n, in.data(), in.stride, factors.const_data_ptr(),
+                                shifts.defined() ? shifts.const_data_ptr() : nullptr, out.mutable_data_ptr(), n};
+  parallel(in.rows, in.rows * n * 8, 0,
+           [&](int64_t begin, int64_t end, void*) { return boft_scale(&args, begin, end); });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> scale_backward_cpu(const Tensor& dy, const std::optional<Tensor>& z, const Tensor& s,
+                                                      const std::optional<Tensor>& bias, bool need_z, bool need_s,
+                                                      bool need_bias) {
+  const boft_dtype dtype = data_dtype(dy, "dy"), real = dtype == BOFT_F64 ? BOFT_F64 : BOFT_F32;
+  const int64_t n = outputs_of(dy);
+  TORCH_CHECK_VALUE(!need_s || (z.has_value() && z->sizes() == dy.sizes()), "scale backward: z and dy differ in shape");
+  TORCH_CHECK_TYPE(!need_s || z->scalar_type() == dy.scalar_type(), "scale backward: z and dy differ in dtype");
+  TORCH_CHECK_VALUE(!need_bias || bias.has_value(), "scale backward: the gradient of a bias needs the bias");
+  const at::ScalarType real_type = real_dtype(dy.scalar_type());
+  const Tensor factors = real_vector(s, n, real_type, "boft_s");
+  const Tensor shifts = bias.has_value() ? real_vector(*bias, n, real_type, "bias") : Tensor();
+  const Rows grad(dy), in(need_s ? *z : dy);
+  const int64_t splits = boft_scale_backward_splits(grad.rows);
+  const auto parts = [&](bool needed) { return at::empty({needed ? splits : 0, n}, factors.options()); };
+  Tensor dz = need_z ? empty_contiguous(dy) : at::empty({0}, dy.options());
+  Tensor ds = parts(need_s), dbias = parts(need_bias);
+  boft_scale_backward_args args = {};
+  args.dtype = dtype;
+  args.rows = grad.rows;
+  args.n = n;
+  args.dy = grad.data();
+  args.dy_stride = grad.stride;
+  args.z = need_s ? in.data() : nullptr;
+  args.z_stride = in.stride;
+  args.s = factors.const_data_ptr();
+  args.bias = shifts.defined() ? shifts.const_data_ptr() : nullptr;
+  args.dz = need_z ? dz.mutable_data_ptr() : nullptr;
+  args.dz_stride = n;
+  args.ds = need_s ? ds.mutable_data_ptr() : nullptr;
+  args.dbias = need_bias ? dbias.mutable_data_ptr() : nullptr;
+  parallel(splits, grad.rows * n * 8, 0,
+           [&](int64_t begin, int64_t end, void*) { return boft_scale_backward(&args, begin, end); });
+  return {dz, need_s ? sum_splits(ds, real, s) : ds, need_bias ? sum_splits(dbias, real, *bias) : dbias};
+}
+
+Tensor call_scale(const Tensor& z, const Tensor& s, const std::optional<Tensor>& bias) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("boft::scale", "")
+                             .typed<Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&)>();
+  return op.call(z, s, bias);
+}
+
+std::tuple<Tensor, Tensor, Tensor> call_scale_backward(const Tensor& dy, const std::optional<Tensor>& z, const Tensor& s,
+                                                       const std::optional<Tensor>& bias, bool need_z, bool need_s,
+                                                       bool need_bias) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("boft::scale_backward", "")
+          .typed<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const std::optional<Tensor>&, const Tensor&,
+                                                    const std::optional<Tensor>&, bool, bool, bool)>();
+  return op.call(dy, z, s, bias, need_z, need_s, need_bias);
+}
+
+std::optional<Tensor> optional_of(const Tensor& tensor) {
+  return tensor.defined() ? std::optional<Tensor>(tensor) : std::nullopt;
+}
+
+class ScaleFunction : public torch::autograd::Function<ScaleFunction> {
+ public:
+  static Tensor forward(AutogradContext* ctx, const Tensor& z, const Tensor& s, const std::optional<Tensor>& bias) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    // z is the one large tensor here and serves the gradient of s alone.
+    ctx->save_for_backward({s.requires_grad() ? z : Tensor(), s, bias.value_or(Tensor())});
+    return call_scale(z, s, bias);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    const std::optional<Tensor> bias = optional_of(saved[2]);
+    const bool need_z = ctx->needs_input_grad(0), need_s = ctx->needs_input_grad(1);
+    const bool need_bias = bias.has_value() && ctx->needs_input_grad(2);
+    auto [dz, ds, dbias] =
+        call_scale_backward(grads[0], optional_of(saved[0]), saved[1], bias, need_z, need_s, need_bias);
+    return {need_z ? dz : Tensor(), need_s ? ds : Tensor(), need_bias ? dbias : Tensor()};
+  }
+};
+
+Tensor scale_autograd(const Tensor& z, const Tensor& s, const std::optional<Tensor>& bias) {
+  return ScaleFunction::apply(z, s, bias);
+}
+
+}  // namespace
+
+void register_scale_cpu(torch::Library& library) {
+  library.impl("scale", scale_cpu);
+  library.impl("scale_backward", scale_backward_cpu);
+}
+
+TORCH_LIBRARY_IMPL(boft, Autograd, library) {
+  library.impl("scale", scale_autograd);
+}
+
+}  // namespace boft
