@@ -6,7 +6,9 @@ Runs on devices without kernels of this package, and on the CPU inside ``ops.wit
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,15 +20,31 @@ _log = logging.getLogger("boft_ext")
 _announced: set[str] = set()
 
 
-def _announce(device: torch.device) -> None:
-    if device.type not in _announced:
-        _announced.add(device.type)
-        _log.info("boft_ext: no kernels in use for device %s; its operators run in plain torch", device.type)
+def _form(function: Callable) -> Callable:
+    """An operator's form: says once per device that it is in use, and keeps autocast away from its arithmetic."""
+
+    @functools.wraps(function)
+    def form(first: Tensor, *args: object) -> object:
+        device = first.device.type
+        if device not in _announced:
+            _announced.add(device)
+            _log.info("boft_ext: no kernels in use for device %s; its operators run in plain torch", device)
+        with torch.autocast(device, enabled=False):
+            return function(first, *args)
+
+    return form
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     d = x.shape[-1]
-    return x.reshape(x.numel() // d if d else 0, d).to(dtype)
+    return x.reshape(x.numel() // d if d else 0, d).to(dtype).contiguous()
+
+
+def _check_data(what: str, data: Tensor) -> None:
+    if data.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise TypeError(f"{what}: expected float32, float64, bfloat16 or float16, got {data.dtype}")
+    if data.dim() == 0:
+        raise ValueError(f"{what} needs at least one axis")
 
 
 def _check_blocks(x: Tensor, blocks: Tensor, b: int, levels: list[ref.Level]) -> None:
@@ -38,15 +56,16 @@ def _check_blocks(x: Tensor, blocks: Tensor, b: int, levels: list[ref.Level]) ->
         raise TypeError(f"rotate: {x.dtype} data needs {ref.accumulate_dtype(x.dtype)} blocks, got {blocks.dtype}")
 
 
+@_form
 def blocks(boft_R: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
     """`boft::blocks` for any device."""
-    _announce(boft_R.device)
     m, count, b, _ = boft_R.shape
     levels = _C.levels(count * b, b, m)
     q = ref.cayley(boft_R, None if keep is None else keep.view(m, count))
     return ref.collapse(q, levels), q if m > 1 else q.new_empty(0)
 
 
+@_form
 def blocks_backward(dblocks: Tensor, q: Tensor, keep: Tensor | None) -> Tensor:
     """`boft::blocks_backward` for any device."""
     m, count, b, _ = q.shape
@@ -54,15 +73,17 @@ def blocks_backward(dblocks: Tensor, q: Tensor, keep: Tensor | None) -> Tensor:
     return ref.cayley_backward(dq, q, None if keep is None else keep.view(m, count))
 
 
+@_form
 def rotate(x: Tensor, blocks: Tensor, b: int, m: int, transpose: bool) -> Tensor:
     """`boft::rotate` for any device."""
-    _announce(x.device)
+    _check_data("rotate: x", x)
     levels = _C.levels(x.shape[-1], b, m)
     _check_blocks(x, blocks, b, levels)
     y = ref.rotate_blocks(_rows(x, blocks.dtype), blocks, b, levels, transpose)
     return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(y.view(x.shape))
 
 
+@_form
 def rotate_backward(
     dy: Tensor, x: Tensor, blocks: Tensor, b: int, m: int, transpose: bool, need_x: bool, need_blocks: bool
 ) -> tuple[Tensor, Tensor]:
@@ -79,21 +100,23 @@ def rotate_backward(
     return torch.empty(dy.shape, dtype=dy.dtype, device=dy.device).copy_(dx.view(dy.shape)), dblocks
 
 
+@_form
 def scale(z: Tensor, s: Tensor, bias: Tensor | None) -> Tensor:
     """`boft::scale` for any device."""
-    _announce(z.device)
     _check_scale(z, s, bias)
     out = ref.scale(z, s.flatten(), bias)
     return out.contiguous()
 
 
 def _check_scale(z: Tensor, s: Tensor, bias: Tensor | None) -> None:
+    _check_data("scale: z", z)
     n = z.shape[-1]
     for what, values in (("boft_s", s), ("bias", bias)):
         if values is not None and values.numel() != n:
             raise ValueError(f"scale: {n} outputs need {n} values of {what}, got {list(values.shape)}")
 
 
+@_form
 def scale_backward(
     dy: Tensor, z: Tensor | None, s: Tensor, bias: Tensor | None, need_z: bool, need_s: bool, need_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -54,11 +54,9 @@ def cayley(a: Tensor, keep: Tensor | None = None) -> Tensor:
     Returns: ``(..., b, b)`` of the dtype of `a`, differentiable.
     """
     b = a.shape[-1]
-    s = skew(a)
+    s = skew(a if a.device.type == "mps" else a.double())
     if keep is not None:
         s = torch.where(keep[..., None, None], s, 0)
-    if a.device.type != "mps":
-        s = s.double()
     eye = torch.eye(b, dtype=s.dtype, device=s.device)
     if b <= _LARGEST_BATCHED_SOLVE:
         q = torch.linalg.solve(eye + s, eye - s, left=False)

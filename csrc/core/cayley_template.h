@@ -47,14 +47,14 @@ VEC_ATTR static void FN(cayley)(int64_t b, int64_t begin, int64_t end, const voi
         const int kept = !keep || keep[n];
         memset(s, 0, (size_t)(b * padded) * sizeof *s);
         for (int64_t i = 0; kept && i < b; i++)
-            for (int64_t j = 0; j < i; j++) {
+            for (int64_t j = 0; j <= i; j++) { /* the diagonal is 0 unless it is not finite */
                 const double skew = (double)a[i * b + j] / 2 - (double)a[j * b + i] / 2;
-                s[i * padded + j] = skew;
                 s[j * padded + i] = -skew;
+                s[i * padded + j] = skew;
             }
         const double largest = boft_largest(b, s);
-        const int pivoted = largest > BOFT_UNPIVOTED_MAX;
-        const double unit = pivoted ? largest : 1;
+        const double unit = boft_unit(largest);
+        const int pivoted = unit != 1;
         for (int64_t i = 0; i < b; i++)
             s[i * padded + i] = 1;
         for (int64_t i = 0; pivoted && i < b * padded; i++)

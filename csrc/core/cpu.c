@@ -67,7 +67,7 @@ boft_status boft_cpu_select(const char *name)
 {
     const char *asked = name ? name : getenv("BOFT_CPU");
     const char *source = name ? "CPU variant" : "BOFT_CPU =";
-    if (!asked || !*asked) {
+    if (!asked || (!name && !*asked)) { /* an empty BOFT_CPU counts as unset */
         atomic_store(&current, best());
         return BOFT_OK;
     }

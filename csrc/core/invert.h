@@ -17,6 +17,14 @@
 /* A pivot that rounding has made zero becomes this, relative to entries of at most 1, so that results stay finite. */
 #define BOFT_LEAST_PIVOT 0x1p-53
 
+/* By what a matrix with this largest entry is divided; the limit keeps 1 / unit a normal number. */
+static inline double boft_unit(double largest)
+{
+    if (!(largest > BOFT_UNPIVOTED_MAX))
+        return 1;
+    return largest < 0x1p1000 ? largest : 0x1p1000;
+}
+
 static inline int64_t boft_padded(int64_t b)
 {
     return (b + 7) / 8 * 8;

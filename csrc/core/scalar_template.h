@@ -45,8 +45,8 @@ static void FN(cayley)(int64_t b, int64_t begin, int64_t end, const void *a_all,
             for (int64_t j = 0; j < b; j++)
                 s[i * ld + j] = kept ? (double)a[i * b + j] / 2 - (double)a[j * b + i] / 2 : 0;
         const double largest = boft_largest(b, s);
-        const int pivoted = largest > BOFT_UNPIVOTED_MAX;
-        const double unit = pivoted ? largest : 1;
+        const double unit = boft_unit(largest);
+        const int pivoted = unit != 1;
         for (int64_t i = 0; i < b; i++)
             for (int64_t j = 0; j < b; j++)
                 s[i * ld + j] = (s[i * ld + j] + (i == j)) / unit;

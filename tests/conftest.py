@@ -1,0 +1,35 @@
+"""Seeds and kernel choice for all tests."""
+
+import contextlib
+import os
+import zlib
+
+import pytest
+import torch
+
+from boft_ext import _C, ops
+
+FORMS = [*_C.cpu_variants(), "composite"]
+
+
+@pytest.fixture(autouse=True)
+def seed(request):
+    """Seeds torch differently for each test; BOFT_SEED=n gives another series. Printed, so shown with any failure."""
+    value = zlib.crc32(f"{os.environ.get('BOFT_SEED', 0)} {request.node.nodeid}".encode())
+    print(f"seed {value}")
+    torch.manual_seed(value)
+    return value
+
+
+@contextlib.contextmanager
+def use_form(name):
+    """Run operators with one variant of the CPU kernels, or with none of them ("composite")."""
+    with ops.without_kernels() if name == "composite" else ops.cpu_variant(name):
+        yield
+
+
+@pytest.fixture(params=FORMS)
+def form(request):
+    """Each way the operators can run on this machine."""
+    with use_form(request.param):
+        yield request.param
