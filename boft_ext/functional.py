@@ -16,7 +16,17 @@ from . import ops
 from .blocks_cache import cached_blocks
 from .reference import accumulate_dtype
 
-__all__ = ["blocks", "cayley", "dropout_keep", "rotate", "rotate_weight", "rotation_matrix", "scale", "unrotate_weight"]
+__all__ = [
+    "blocks",
+    "cayley",
+    "dropout_keep",
+    "dropout_keep_paper",
+    "rotate",
+    "rotate_weight",
+    "rotation_matrix",
+    "scale",
+    "unrotate_weight",
+]
 
 
 def cayley(a: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -31,6 +41,8 @@ def cayley(a: Tensor, keep: Tensor | None = None) -> Tensor:
     if a.dim() < 2 or a.shape[-1] != a.shape[-2]:
         raise ValueError(f"cayley: expected (..., b, b), got {tuple(a.shape)}")
     b = a.shape[-1]
+    if a.numel() == 0:
+        return a.to(accumulate_dtype(a.dtype)).clone()
     flat = a.to(accumulate_dtype(a.dtype)).reshape(1, -1, b, b)
     flat_keep = None if keep is None else keep.expand(a.shape[:-2]).reshape(1, -1)
     return torch.ops.boft.blocks(flat, flat_keep)[0].view(a.shape)
@@ -79,15 +91,16 @@ def rotate(
     return torch.ops.boft.rotate(x, blocks(boft_R, dtype, keep), b, m, transpose)
 
 
-def scale(z: Tensor, boft_s: Tensor, bias: Tensor | None = None) -> Tensor:
+def scale(z: Tensor, boft_s: Tensor, bias: Tensor | None = None, *, bias_apart: bool = False) -> Tensor:
     """``z s + bias (1 - s)``: the scale of a layer whose output `z` already holds its bias (PEFT `Linear.forward`).
 
     Args:
         z: ``(..., n)``. boft_s: n values of any shape, so PEFT's ``(n, 1)`` and ``(1, n)`` fit. bias: ``(n)`` or None.
+        bias_apart: `z` lacks the bias, so the result is ``z s + bias``.
 
     Returns: a new tensor of the shape and dtype of `z`. Saves `z` for backward only when `boft_s` needs a gradient.
     """
-    return torch.ops.boft.scale(z, boft_s, bias)
+    return torch.ops.boft.scale(z, boft_s, bias, bias_apart)
 
 
 def _group_rows(weight: Tensor, groups: int) -> Tensor:
@@ -176,3 +189,23 @@ def dropout_keep(m: int, blocks: int, p: float, device: torch.device | str = "cp
     factor = torch.randint(0, m, (1,))
     keep = (torch.arange(m) != factor).unsqueeze(1) | (torch.randperm(blocks) >= int(p * blocks))
     return keep.to(device)
+
+
+def dropout_keep_paper(m: int, blocks: int, p1: float, p2: float, device: torch.device | str = "cpu") -> Tensor:
+    """Which blocks a training step keeps, by the paper's rule (section 4, multiplicative dropout).
+
+    A share p1 of the m factors is drawn, and in each of them a share p2 of the D blocks is dropped. A share that is no
+    whole number is rounded up or down at random with its own probability, so ``p1 p2`` of all blocks are dropped on
+    average even where ``p1 m`` or ``p2 D`` is below one. Draws from the CPU generator.
+
+    Args:
+        m, blocks: factors and blocks D of the layer. p1, p2: the shares, 0 <= p <= 1. device: of the result.
+
+    Returns: ``(m, blocks)`` bool, False where a block is replaced by the identity. No gradient.
+    """
+    # In float64, so that the rounding of the sum does not shift the probabilities.
+    factors = torch.floor(p1 * m + torch.rand(1, dtype=torch.float64))
+    dropped = torch.floor(p2 * blocks + torch.rand(m, 1, dtype=torch.float64))
+    drawn = torch.randperm(m) < factors
+    ranks = torch.rand(m, blocks).argsort(dim=1).argsort(dim=1)
+    return (~drawn.unsqueeze(1) | (ranks >= dropped)).to(device)

@@ -6,7 +6,8 @@ first, and their scales multiply (PEFT `Linear.forward`, `Conv2d.forward`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +40,11 @@ def _bias(base_layer: nn.Module, like: Tensor) -> Tensor | None:
     return bias
 
 
+def _adds_its_bias_only(base_layer: nn.Module) -> bool:
+    """Whether calling `base_layer` is nothing but ``x W^T + bias``."""
+    return type(base_layer) is nn.Linear and not _has_hooks(base_layer)
+
+
 def linear_forward(base_layer: nn.Module, x: Tensor, adapters: Sequence[Adapter], *args: Any, **kwargs: Any) -> Tensor:
     """``base_layer(x R)`` scaled per output (design: z = base_layer(x R), out = z s + bias (1 - s)).
 
@@ -50,8 +56,13 @@ def linear_forward(base_layer: nn.Module, x: Tensor, adapters: Sequence[Adapter]
     """
     for adapter in reversed(adapters):
         x = functional.rotate(x, adapter.boft_R, keep=adapter.keep)
+    bias = _bias(base_layer, x)
+    if bias is not None and bias.requires_grad and _adds_its_bias_only(base_layer):
+        # The gradient of a training bias is then one sum, rounded once, instead of two parts of it, one through z.
+        z = nn.functional.linear(x, base_layer.weight)
+        return functional.scale(z, _scales(adapters), bias, bias_apart=True)
     z = base_layer(x, *args, **kwargs)
-    return functional.scale(z, _scales(adapters), _bias(base_layer, x))
+    return functional.scale(z, _scales(adapters), bias)
 
 
 def merged_weight(weight: Tensor, adapters: Sequence[Adapter], groups: int = 1) -> Tensor:
@@ -64,8 +75,29 @@ def merged_weight(weight: Tensor, adapters: Sequence[Adapter], groups: int = 1) 
     return weight
 
 
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether calling `module` does more than its class's forward."""
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return "forward" in module.__dict__ or any(hooks)
+
+
+@contextlib.contextmanager
+def _shadowed(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """``module.name`` is `value` for a while. An instance attribute is found before parameters and methods."""
+    attributes = module.__dict__
+    own = {name: attributes[name]} if name in attributes else {}
+    attributes[name] = value
+    try:
+        yield
+    finally:
+        del attributes[name]
+        attributes.update(own)
+
+
 def conv_forward(base_layer: nn.Module, x: Tensor, adapters: Sequence[Adapter], *args: Any, **kwargs: Any) -> Tensor:
     """A convolution with the merged weight, through the base layer itself so that its options and hooks apply.
+
+    Safe under threads unless the base layer has hooks or a forward of its own.
 
     Args:
         base_layer: an `nn.Conv2d` (any stride, padding, dilation, padding mode and groups).
@@ -73,5 +105,16 @@ def conv_forward(base_layer: nn.Module, x: Tensor, adapters: Sequence[Adapter], 
 
     Returns: what `base_layer` returns for its weight replaced by `merged_weight`.
     """
-    weight = merged_weight(base_layer.weight, adapters, base_layer.groups)
-    return torch.func.functional_call(base_layer, {"weight": weight}, (x, *args), kwargs)
+
+    def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return type(base_layer)._conv_forward(base_layer, x, merged_weight(weight, adapters, base_layer.groups), bias)
+
+    if type(base_layer).forward is not nn.Conv2d.forward:
+        # Not functional_call, whose replacement FSDP's own shadow of the weight hides.
+        with _shadowed(base_layer, "weight", merged_weight(base_layer.weight, adapters, base_layer.groups)):
+            return base_layer(x, *args, **kwargs)
+    if _has_hooks(base_layer):
+        # Hooks may bring in the weight only now, so it is rotated inside.
+        with _shadowed(base_layer, "_conv_forward", convolve):
+            return base_layer(x, *args, **kwargs)
+    return convolve(x, base_layer.weight, base_layer.bias)

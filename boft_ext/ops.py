@@ -96,13 +96,20 @@ def _(
 
 
 @torch.library.register_fake("boft::scale")
-def _(z: Tensor, s: Tensor, bias: Tensor | None) -> Tensor:
+def _(z: Tensor, s: Tensor, bias: Tensor | None, bias_apart: bool) -> Tensor:
     return z.new_empty(z.shape)
 
 
 @torch.library.register_fake("boft::scale_backward")
 def _(
-    dy: Tensor, z: Tensor | None, s: Tensor, bias: Tensor | None, need_z: bool, need_s: bool, need_bias: bool
+    dy: Tensor,
+    z: Tensor | None,
+    s: Tensor,
+    bias: Tensor | None,
+    bias_apart: bool,
+    need_z: bool,
+    need_s: bool,
+    need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     none = dy.new_empty((0, dy.shape[-1]), dtype=accumulate_dtype(dy.dtype))
     dz = dy.new_empty(dy.shape if need_z else (0,))

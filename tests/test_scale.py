@@ -18,17 +18,18 @@ def leaves(rows, n, dtype, with_bias):
     return z, s, bias
 
 
-@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("bias_is", ["absent", "in z", "apart"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows, n", [(1, 1), (3, 5), (7, 16), (600, 77), (64, 768)])
-def test_output_and_gradients(form, rows, n, dtype, with_bias):
-    z, s, bias = leaves(rows, n, dtype, with_bias)
+def test_output_and_gradients(form, rows, n, dtype, bias_is):
+    z, s, bias = leaves(rows, n, dtype, bias_is != "absent")
+    apart = bias_is == "apart"
     inputs = [t for t in (z, s, bias) if t is not None]
     dy = torch.randn(rows, n).to(dtype)
-    out = functional.scale(z, s, bias)
+    out = functional.scale(z, s, bias, bias_apart=apart)
     assert out.dtype == dtype
     exact_inputs = [t.detach().double().requires_grad_() for t in inputs]
-    exact = reference.scale(*exact_inputs)
+    exact = reference.scale(*exact_inputs, bias_apart=apart)
     results = [out, *torch.autograd.grad(out, inputs, dy)]
     exacts = [exact, *torch.autograd.grad(exact, exact_inputs, dy.double())]
     for what, ours, wanted in zip(["out", "dz", "ds", "dbias"], results, exacts, strict=False):
@@ -58,6 +59,7 @@ def test_gradcheck(form):
     z, s, bias = leaves(4, 5, torch.float64, True)
     assert torch.autograd.gradcheck(functional.scale, (z, s, bias))
     assert torch.autograd.gradcheck(functional.scale, (z, s))
+    assert torch.autograd.gradcheck(lambda z, s, b: functional.scale(z, s, b, bias_apart=True), (z, s, bias))
     assert torch.autograd.gradcheck(lambda s, b: functional.scale(z.detach(), s, b), (s, bias))
 
 
@@ -70,13 +72,13 @@ def test_opcheck(dtype, kernels):
 
 def check_operators(dtype):
     z, s, bias = leaves(4, 5, dtype, True)
-    torch.library.opcheck(torch.ops.boft.scale.default, (z, s, bias))
-    torch.library.opcheck(torch.ops.boft.scale.default, (z, s, None))
+    torch.library.opcheck(torch.ops.boft.scale.default, (z, s, bias, True))
+    torch.library.opcheck(torch.ops.boft.scale.default, (z, s, None, False))
     z, s, bias = z.detach(), s.detach(), bias.detach()
     backward = torch.ops.boft.scale_backward.default
-    torch.library.opcheck(backward, (torch.randn_like(z), z, s, bias, True, True, True))
-    torch.library.opcheck(backward, (torch.randn_like(z), z, s, None, False, True, False))
-    torch.library.opcheck(backward, (torch.randn_like(z), None, s, bias, True, False, True))
+    torch.library.opcheck(backward, (torch.randn_like(z), z, s, bias, True, True, True, True))
+    torch.library.opcheck(backward, (torch.randn_like(z), z, s, None, False, False, True, False))
+    torch.library.opcheck(backward, (torch.randn_like(z), None, s, bias, False, True, False, True))
 
 
 @pytest.mark.parametrize("shape", [(5, 1), (1, 5), (5,)])
