@@ -53,14 +53,14 @@ VEC_ATTR static void FN(cayley)(int64_t b, int64_t begin, int64_t end, const voi
                 s[i * padded + j] = skew;
             }
         const double largest = boft_largest(b, s);
-        const double unit = boft_unit(largest);
-        const int pivoted = unit != 1;
-        for (int64_t i = 0; i < b; i++)
-            s[i * padded + i] = 1;
+        const int pivoted = largest > BOFT_UNPIVOTED_MAX;
+        const double one = pivoted ? boft_scaled_one(largest) : 1;
         for (int64_t i = 0; pivoted && i < b * padded; i++)
-            s[i] /= unit;
+            s[i] /= largest;
+        for (int64_t i = 0; i < b; i++)
+            s[i * padded + i] = one;
         FN(invert)(b, s, pivots, pivoted);
-        const double twice = isnan(largest) ? NAN : 2 / unit;
+        const double twice = isnan(largest) ? NAN : 2 * one;
         for (int64_t i = 0; i < b; i++) {
             for (int64_t j = 0; j < b; j++)
                 q[i * b + j] = (REAL)(twice * s[i * padded + j]);

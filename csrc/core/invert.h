@@ -17,12 +17,13 @@
 /* A pivot that rounding has made zero becomes this, relative to entries of at most 1, so that results stay finite. */
 #define BOFT_LEAST_PIVOT 0x1p-53
 
-/* By what a matrix with this largest entry is divided; the limit keeps 1 / unit a normal number. */
-static inline double boft_unit(double largest)
+/*
+ * What stands for 1 in a matrix S of this largest entry, once S has been divided by it: 1 / largest. Larger matrices than
+ * 2^500 count as that large, which their direction alone decides, so that products of two pivots cannot overflow.
+ */
+static inline double boft_scaled_one(double largest)
 {
-    if (!(largest > BOFT_UNPIVOTED_MAX))
-        return 1;
-    return largest < 0x1p1000 ? largest : 0x1p1000;
+    return largest < 0x1p500 ? 1 / largest : 0x1p-500;
 }
 
 static inline int64_t boft_padded(int64_t b)

@@ -45,11 +45,11 @@ static void FN(cayley)(int64_t b, int64_t begin, int64_t end, const void *a_all,
             for (int64_t j = 0; j < b; j++)
                 s[i * ld + j] = kept ? (double)a[i * b + j] / 2 - (double)a[j * b + i] / 2 : 0;
         const double largest = boft_largest(b, s);
-        const double unit = boft_unit(largest);
-        const int pivoted = unit != 1;
+        const int pivoted = largest > BOFT_UNPIVOTED_MAX;
+        const double one = pivoted ? boft_scaled_one(largest) : 1;
         for (int64_t i = 0; i < b; i++)
             for (int64_t j = 0; j < b; j++)
-                s[i * ld + j] = (s[i * ld + j] + (i == j)) / unit;
+                s[i * ld + j] = i == j ? one : s[i * ld + j] / (pivoted ? largest : 1);
         for (int64_t k = 0; k < b; k++) {
             pivots[k] = pivoted ? boft_pivot_row(b, s, k) : k;
             boft_swap_rows(b, s, k, pivots[k]);
@@ -69,7 +69,7 @@ static void FN(cayley)(int64_t b, int64_t begin, int64_t end, const void *a_all,
         boft_unswap_columns(b, s, pivots);
         for (int64_t i = 0; i < b; i++)
             for (int64_t j = 0; j < b; j++)
-                q[i * b + j] = isnan(largest) ? (REAL)NAN : (REAL)(2 * (s[i * ld + j] / unit) - (i == j));
+                q[i * b + j] = isnan(largest) ? (REAL)NAN : (REAL)(2 * one * s[i * ld + j] - (i == j));
     }
 }
 
