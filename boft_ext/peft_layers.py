@@ -1,0 +1,187 @@
+"""What PEFT's BOFT layers do while `patch_peft` is in force: forward, merge, unmerge and the dense rotation.
+
+The functions here become methods of ``peft.tuners.boft.layer.Linear`` and ``Conv2d`` (PEFT 0.21), so ``self`` is
+always such a layer. Their arguments and results are those of the methods they stand in for. A layer is safe under
+threads while it only computes without gradients; merging, loading and training need the caller's lock, as in PEFT.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from . import functional, layers
+from .peft_creation import adopt_all
+
+
+class Options(NamedTuple):
+    """What the caller of `patch_peft` chose."""
+
+    dropout: str | tuple[float, float] = "peft"
+    keep_merged: bool = True
+
+
+_options = Options()
+
+# Base weights as they were before the first merge. Keyed weakly by the layer, so that they are never saved or copied
+# with it and go when it goes.
+_originals: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
+
+
+def configure(options: Options) -> None:
+    """Set the options for all patched layers. Affects later calls only."""
+    global _options
+    _options = options
+
+
+def _keep(boft_R: Tensor, dropout: nn.Module) -> Tensor | None:
+    """The dropout mask of one training step for one adapter, or None."""
+    if not dropout.training or isinstance(dropout, nn.Identity):
+        return None
+    m, blocks = boft_R.shape[:2]
+    rule = _options.dropout
+    if rule == "peft":
+        return functional.dropout_keep(m, blocks, dropout.p, boft_R.device)
+    p1, p2 = (dropout.p, dropout.p) if rule == "paper" else rule
+    return functional.dropout_keep_paper(m, blocks, p1, p2, boft_R.device)
+
+
+def _to_apply(self) -> list[layers.Adapter]:
+    """The adapters that act in a forward call, first to last: the active ones, none while disabled or merged."""
+    if self._disable_adapters or self.merged_adapters:
+        return []
+    if "boft_P" in self._buffers:
+        adopt_all(self)
+    # Straight from the module's own dictionaries: this runs in every forward of every layer.
+    modules, names = self._modules, self._active_adapter
+    rotations, scales, dropouts = modules["boft_R"], modules["boft_s"], modules["boft_dropout"]._modules
+    adapters = []
+    for name in (names,) if isinstance(names, str) else names:
+        if name in rotations:
+            boft_R = rotations[name]
+            adapters.append(layers.Adapter(boft_R, scales[name], _keep(boft_R, dropouts[name])))
+    return adapters
+
+
+def _as_input(result: Tensor, x: Tensor) -> Tensor:
+    """Outside autocast PEFT's layers return the dtype of their input; under autocast the base layer decides."""
+    if result.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+        return result
+    return result.to(x.dtype)
+
+
+def _base_forward(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The base layer alone, with or without the adapters in its weight."""
+    if self._disable_adapters and self.merged_adapters:
+        self.unmerge()
+    return _as_input(self.base_layer(x, *args, **kwargs), x)
+
+
+def linear_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """``base_layer(x R)`` scaled per output; dtype of `x`, or the base layer's under autocast."""
+    adapters = _to_apply(self)
+    if not adapters:
+        return _base_forward(self, x, args, kwargs)
+    return _as_input(layers.linear_forward(self.base_layer, x, adapters, *args, **kwargs), x)
+
+
+def conv_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The base convolution with its weight rotated and scaled; dtype of `x`, or the base layer's under autocast."""
+    adapters = _to_apply(self)
+    if not adapters:
+        return _base_forward(self, x, args, kwargs)
+    # PEFT's convolution, unlike its linear layer, takes an input of another dtype than its weight.
+    weight = self.base_layer.weight
+    same = x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)
+    data = x if same else x.to(weight.dtype)
+    return _as_input(layers.conv_forward(self.base_layer, data, adapters, *args, **kwargs), x)
+
+
+def _groups(self) -> int:
+    return getattr(self.get_base_layer(), "groups", 1)
+
+
+def _keeps_original(self, weight: Tensor) -> bool:
+    """Whether merging into `weight` keeps it: a 16-bit one, since a rounded merge cannot be computed back exactly."""
+    narrow = weight.dtype.itemsize < torch.float32.itemsize
+    return narrow and _options.keep_merged and self.quantization_backend is None
+
+
+def _refuse_zero_scale(self, name: str) -> None:
+    zero = (self.boft_s[name] == 0).flatten().nonzero()
+    if zero.numel():
+        raise ValueError(
+            f"boft_s of adapter {name!r} is 0 for output {int(zero[0])}: a merge into a weight whose original is not "
+            "kept could not be undone"
+        )
+
+
+def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    """Write ``diag(s) W R^T`` of the adapters into the base weight, of all of them or of none.
+
+    The original of a 16-bit weight stays in memory until `unmerge` (option `keep_merged`).
+
+    Args:
+        safe_merge: refuse a weight that is not finite.
+        adapter_names: the adapters to merge, first to last; None for the active ones. Merged ones are left out.
+
+    Raises: ValueError for such a weight, and for a zero in `boft_s` that `unmerge` could not undo; whatever PEFT
+        raises for a quantised base that cannot be merged. The layer is then as it was.
+    """
+    names = [name for name in check_adapters_to_merge(self, adapter_names) or () if name in self.boft_R]
+    if not names:
+        return
+    # An inference tensor as a weight could never be trained through again.
+    with torch.inference_mode(False), torch.no_grad():
+        original = weight = self.get_base_weight()
+        first = not self.merged_adapters
+        keeps = _keeps_original(self, original) if first else self in _originals
+        for name in names:
+            if not keeps:
+                _refuse_zero_scale(self, name)
+            adapter = layers.Adapter(self.boft_R[name], self.boft_s[name])
+            weight = layers.merged_weight(weight, [adapter], _groups(self))
+            if safe_merge and not bool(torch.isfinite(weight).all()):
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        self.set_base_weight(weight)
+        if first:
+            _originals.pop(self, None)
+            if keeps:
+                _originals[self] = original
+        self.merged_adapters.extend(names)
+
+
+def unmerge(self) -> None:
+    """Undo all merges: from the kept original, or by rotating and scaling back, last adapter first.
+
+    Raises: ValueError if `boft_s` holds a zero and no original was kept. The layer is then as it was.
+    """
+    if not self.merged_adapters:
+        warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        weight = self.get_base_weight()
+        original = _originals.get(self)
+        if original is not None:
+            weight = original.to(weight.device, weight.dtype)
+        else:
+            for name in reversed(self.merged_adapters):
+                if name not in self.boft_R:
+                    message = f"adapter {name!r} was deleted while merged: its rotation stays in the weight"
+                    warnings.warn(message, stacklevel=2)
+                    continue
+                weight = functional.unrotate_weight(weight, self.boft_R[name], self.boft_s[name], groups=_groups(self))
+        self.set_base_weight(weight)
+        _originals.pop(self, None)
+        self.merged_adapters.clear()
+
+
+def get_delta_weight(self, adapter: str) -> tuple[Tensor, Tensor]:
+    """The dense ``(d, d)`` rotation R in the dtype of `boft_R` and the scale as ``(out, 1)``, both differentiable."""
+    boft_R = self.boft_R[adapter]
+    return functional.rotation_matrix(boft_R).to(boft_R.dtype), self.boft_s[adapter].reshape(-1, 1)
