@@ -3,7 +3,20 @@
 #include "status.h"
 #include "tiles.h"
 
-#include <string.h>
+/* to = from^T, both n x n, in tiles of 8 x 8, which keep both sides in cache when n is large. */
+#define DEFINE_TRANSPOSE(REAL)                                                                                         \
+    static void transpose_##REAL(int64_t n, const REAL *from, REAL *to)                                                \
+    {                                                                                                                  \
+        for (int64_t i0 = 0; i0 < n; i0 += 8)                                                                          \
+            for (int64_t j0 = 0; j0 < n; j0 += 8)                                                                      \
+                for (int64_t i = i0; i < boft_min(i0 + 8, n); i++)                                                     \
+                    for (int64_t j = j0; j < boft_min(j0 + 8, n); j++)                                                 \
+                        to[j * n + i] = from[i * n + j];                                                               \
+    }
+
+DEFINE_TRANSPOSE(float)
+DEFINE_TRANSPOSE(double)
+#undef DEFINE_TRANSPOSE
 
 size_t boft_cayley_workspace(int64_t b)
 {
@@ -127,16 +140,10 @@ boft_status boft_transpose(const boft_plan *plan, boft_dtype dtype, int64_t leve
     const int64_t group = plan->level[level].group;
     for (int64_t g = begin; g < end; g++) {
         const int64_t at = plan->level[level].offset + g * group * group;
-        /* Tiles of 8 x 8 keep both sides in cache for large groups. */
-        for (int64_t i0 = 0; i0 < group; i0 += 8)
-            for (int64_t j0 = 0; j0 < group; j0 += 8)
-                for (int64_t i = i0; i < boft_min(i0 + 8, group); i++)
-                    for (int64_t j = j0; j < boft_min(j0 + 8, group); j++) {
-                        if (dtype == BOFT_F64)
-                            ((double *)transposed)[at + j * group + i] = ((const double *)blocks)[at + i * group + j];
-                        else
-                            ((float *)transposed)[at + j * group + i] = ((const float *)blocks)[at + i * group + j];
-                    }
+        if (dtype == BOFT_F64)
+            transpose_double(group, (const double *)blocks + at, (double *)transposed + at);
+        else
+            transpose_float(group, (const float *)blocks + at, (float *)transposed + at);
     }
     return BOFT_OK;
 }

@@ -108,6 +108,22 @@ boft_status boft_rotate_backward(const boft_rotate_backward_args *args, int64_t 
     return BOFT_OK;
 }
 
+/* to[i] = from[i] + from[count + i] + ... for i in [begin, end). */
+#define DEFINE_SUM(REAL)                                                                                               \
+    static void sum_##REAL(int64_t splits, int64_t count, const REAL *from, REAL *to, int64_t begin, int64_t end)      \
+    {                                                                                                                  \
+        for (int64_t i = begin; i < end; i++) {                                                                        \
+            REAL sum = from[i];                                                                                        \
+            for (int64_t split = 1; split < splits; split++)                                                           \
+                sum += from[split * count + i];                                                                        \
+            to[i] = sum;                                                                                               \
+        }                                                                                                              \
+    }
+
+DEFINE_SUM(float)
+DEFINE_SUM(double)
+#undef DEFINE_SUM
+
 boft_status boft_sum_splits(boft_dtype dtype, int64_t splits, int64_t count, const void *parts, void *out, int64_t begin,
                             int64_t end)
 {
@@ -122,24 +138,9 @@ boft_status boft_sum_splits(boft_dtype dtype, int64_t splits, int64_t count, con
     if ((status = boft_check_pointer("sum of splits: parts", parts)) ||
         (status = boft_check_pointer("sum of splits: out", out)))
         return status;
-    if (dtype == BOFT_F64) {
-        const double *from = parts;
-        double *to = out;
-        for (int64_t i = begin; i < end; i++) {
-            double sum = from[i];
-            for (int64_t split = 1; split < splits; split++)
-                sum += from[split * count + i];
-            to[i] = sum;
-        }
-    } else {
-        const float *from = parts;
-        float *to = out;
-        for (int64_t i = begin; i < end; i++) {
-            float sum = from[i];
-            for (int64_t split = 1; split < splits; split++)
-                sum += from[split * count + i];
-            to[i] = sum;
-        }
-    }
+    if (dtype == BOFT_F64)
+        sum_double(splits, count, parts, out, begin, end);
+    else
+        sum_float(splits, count, parts, out, begin, end);
     return BOFT_OK;
 }
