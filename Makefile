@@ -1,0 +1,50 @@
+# make demo and make test do everything, from the environment on. Needs CPython >= 3.10 with venv and headers, a C and
+# C++ compiler, pip. PYTHON chooses the interpreter: make test PYTHON=python3.12
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+
+# The model and data of the demo and of the tests are in installed packages: nothing asks the network.
+export HF_HUB_OFFLINE := 1
+
+# The stamp carries the kind of build, so that another kind rebuilds. Folders count too: they change when a file goes.
+BUILT := $(VENV)/built-portable$(BOFT_PORTABLE)
+SOURCES := setup.py pyproject.toml $(shell find csrc)
+
+.PHONY: help build demo test test-peft clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make demo       fine-tune a small pretrained model with BOFT and compare: examples/finetune_text.py'
+	@echo 'make test       run the tests of the C core and of the Python package'
+	@echo "make test-peft  run PEFT's own BOFT tests with boft_ext patched in"
+	@echo 'make build      only make the environment $(VENV) and build the extension in place'
+	@echo 'make clean      remove what the build made; the environment $(VENV) stays'
+
+$(VENV)/installed: requirements-dev.txt
+	$(PYTHON) -B -c 'import setup; setup.check_tools()'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -r requirements-dev.txt
+	@touch $@
+
+$(BUILT): $(VENV)/installed $(SOURCES)
+	$(PY) -m pip install --no-build-isolation --no-deps -e .
+	@rm -f $(VENV)/built-*
+	@touch $@
+
+build: $(BUILT)
+
+demo: $(BUILT)
+	$(PY) examples/finetune_text.py
+
+test: $(BUILT)
+	$(MAKE) -C tests/c check
+	$(PY) -m pytest tests
+
+test-peft: $(BUILT)
+	$(PY) tests/run_peft_suite.py
+
+clean:
+	rm -rf build dist *.egg-info boft_ext/_build.py boft_ext/*.so $(VENV)/built-*
+	find boft_ext tests examples -name __pycache__ -prune -exec rm -rf {} +
+	if [ -f tests/c/Makefile ]; then $(MAKE) -C tests/c clean; fi
