@@ -101,10 +101,10 @@ def rotate_backward(
 
 
 @_form
-def scale(z: Tensor, s: Tensor, bias: Tensor | None, bias_apart: bool) -> Tensor:
+def scale(z: Tensor, s: Tensor, bias: Tensor | None, bias_detached: bool) -> Tensor:
     """`boft::scale` for any device."""
     _check_scale(z, s, bias)
-    return ref.scale(z, s.flatten(), bias, bias_apart).contiguous()
+    return ref.scale(z, s.flatten(), bias).contiguous()
 
 
 def _check_scale(z: Tensor, s: Tensor, bias: Tensor | None) -> None:
@@ -121,7 +121,7 @@ def scale_backward(
     z: Tensor | None,
     s: Tensor,
     bias: Tensor | None,
-    bias_apart: bool,
+    bias_detached: bool,
     need_z: bool,
     need_s: bool,
     need_bias: bool,
@@ -129,11 +129,11 @@ def scale_backward(
     """`boft::scale_backward` for any device."""
     dtype = ref.accumulate_dtype(dy.dtype)
     grad, factors = _rows(dy, dtype), s.flatten().to(dtype)
-    shift = 0 if bias is None or bias_apart else bias.to(dtype)
+    shift = 0 if bias is None else bias.to(dtype)
     none = grad.new_empty(0, grad.shape[1])
     dz = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device).copy_((grad * factors).view(dy.shape)) if need_z else None
     ds = (grad * (_rows(z, dtype) - shift)).sum(0).to(s.dtype).view(s.shape) if need_s else none
-    dbias = (grad.sum(0) * (1 if bias_apart else 1 - factors)).to(bias.dtype).view(bias.shape) if need_bias else none
+    dbias = (grad.sum(0) * (1 if bias_detached else 1 - factors)).to(bias.dtype).view(bias.shape) if need_bias else none
     return dy.new_empty(0) if dz is None else dz, ds, dbias
 
 

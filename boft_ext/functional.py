@@ -91,16 +91,16 @@ def rotate(
     return torch.ops.boft.rotate(x, blocks(boft_R, dtype, keep), b, m, transpose)
 
 
-def scale(z: Tensor, boft_s: Tensor, bias: Tensor | None = None, *, bias_apart: bool = False) -> Tensor:
+def scale(z: Tensor, boft_s: Tensor, bias: Tensor | None = None, *, bias_detached: bool = False) -> Tensor:
     """``z s + bias (1 - s)``: the scale of a layer whose output `z` already holds its bias (PEFT `Linear.forward`).
 
     Args:
         z: ``(..., n)``. boft_s: n values of any shape, so PEFT's ``(n, 1)`` and ``(1, n)`` fit. bias: ``(n)`` or None.
-        bias_apart: `z` lacks the bias, so the result is ``z s + bias``.
+        bias_detached: `z` holds the bias without its gradient, which is then all given here: the sum of dy.
 
     Returns: a new tensor of the shape and dtype of `z`. Saves `z` for backward only when `boft_s` needs a gradient.
     """
-    return torch.ops.boft.scale(z, boft_s, bias, bias_apart)
+    return torch.ops.boft.scale(z, boft_s, bias, bias_detached)
 
 
 def _group_rows(weight: Tensor, groups: int) -> Tensor:

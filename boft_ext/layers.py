@@ -59,8 +59,8 @@ def linear_forward(base_layer: nn.Module, x: Tensor, adapters: Sequence[Adapter]
     bias = _bias(base_layer, x)
     if bias is not None and bias.requires_grad and _adds_its_bias_only(base_layer):
         # The gradient of a training bias is then one sum, rounded once, instead of two parts of it, one through z.
-        z = nn.functional.linear(x, base_layer.weight)
-        return functional.scale(z, _scales(adapters), bias, bias_apart=True)
+        z = nn.functional.linear(x, base_layer.weight, bias.detach())
+        return functional.scale(z, _scales(adapters), bias, bias_detached=True)
     z = base_layer(x, *args, **kwargs)
     return functional.scale(z, _scales(adapters), bias)
 

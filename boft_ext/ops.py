@@ -96,7 +96,7 @@ def _(
 
 
 @torch.library.register_fake("boft::scale")
-def _(z: Tensor, s: Tensor, bias: Tensor | None, bias_apart: bool) -> Tensor:
+def _(z: Tensor, s: Tensor, bias: Tensor | None, bias_detached: bool) -> Tensor:
     return z.new_empty(z.shape)
 
 
@@ -106,7 +106,7 @@ def _(
     z: Tensor | None,
     s: Tensor,
     bias: Tensor | None,
-    bias_apart: bool,
+    bias_detached: bool,
     need_z: bool,
     need_s: bool,
     need_bias: bool,

@@ -131,12 +131,12 @@ def rotate(x: Tensor, boft_R: Tensor, keep: Tensor | None = None) -> Tensor:
     return y.reshape(x.shape).to(x.dtype)
 
 
-def scale(z: Tensor, s: Tensor, bias: Tensor | None = None, bias_apart: bool = False) -> Tensor:
+def scale(z: Tensor, s: Tensor, bias: Tensor | None = None, bias_detached: bool = False) -> Tensor:
     """``z s + bias (1 - s)``, which is ``(z - bias) s + bias`` without its cancellation (PEFT `Linear.forward`).
 
     Args:
         z: ``(..., n)``. s: ``(n)``. bias: ``(n)`` or None.
-        bias_apart: `z` lacks the bias, so the result is ``z s + bias``.
+        bias_detached: `z` holds the bias without its gradient, which is then all given here: the sum of dy.
 
     Returns: ``(..., n)`` of the dtype of `z`, computed in `accumulate_dtype`, differentiable in all three.
     """
@@ -144,7 +144,8 @@ def scale(z: Tensor, s: Tensor, bias: Tensor | None = None, bias_apart: bool = F
     s = s.to(dtype)
     out = z.to(dtype) * s
     if bias is not None:
-        out = out + (bias.to(dtype) if bias_apart else bias.to(dtype) * (1 - s))
+        bias = bias.to(dtype)
+        out = out + (bias - bias.detach() * s if bias_detached else bias * (1 - s))
     return out.to(z.dtype)
 
 

@@ -18,18 +18,18 @@ def leaves(rows, n, dtype, with_bias):
     return z, s, bias
 
 
-@pytest.mark.parametrize("bias_is", ["absent", "in z", "apart"])
+@pytest.mark.parametrize("bias_is", ["absent", "in z", "detached"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows, n", [(1, 1), (3, 5), (7, 16), (600, 77), (64, 768)])
 def test_output_and_gradients(form, rows, n, dtype, bias_is):
     z, s, bias = leaves(rows, n, dtype, bias_is != "absent")
-    apart = bias_is == "apart"
+    detached = bias_is == "detached"
     inputs = [t for t in (z, s, bias) if t is not None]
     dy = torch.randn(rows, n).to(dtype)
-    out = functional.scale(z, s, bias, bias_apart=apart)
+    out = functional.scale(z, s, bias, bias_detached=detached)
     assert out.dtype == dtype
     exact_inputs = [t.detach().double().requires_grad_() for t in inputs]
-    exact = reference.scale(*exact_inputs, bias_apart=apart)
+    exact = reference.scale(*exact_inputs, bias_detached=detached)
     results = [out, *torch.autograd.grad(out, inputs, dy)]
     exacts = [exact, *torch.autograd.grad(exact, exact_inputs, dy.double())]
     for what, ours, wanted in zip(["out", "dz", "ds", "dbias"], results, exacts, strict=False):
@@ -59,8 +59,18 @@ def test_gradcheck(form):
     z, s, bias = leaves(4, 5, torch.float64, True)
     assert torch.autograd.gradcheck(functional.scale, (z, s, bias))
     assert torch.autograd.gradcheck(functional.scale, (z, s))
-    assert torch.autograd.gradcheck(lambda z, s, b: functional.scale(z, s, b, bias_apart=True), (z, s, bias))
+
     assert torch.autograd.gradcheck(lambda s, b: functional.scale(z.detach(), s, b), (s, bias))
+
+
+def test_detached_bias_gets_the_whole_gradient(form):
+    x, s, bias = leaves(4, 5, torch.float64, True)
+    dy = torch.randn_like(x)
+    whole = functional.scale(x + bias, s, bias)
+    detached = functional.scale(x + bias.detach(), s, bias, bias_detached=True)
+    assert torch.equal(whole, detached)
+    for ours, wanted in zip(*(torch.autograd.grad(out, [x, s, bias], dy) for out in (detached, whole)), strict=True):
+        torch.testing.assert_close(ours, wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

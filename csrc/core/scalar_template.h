@@ -304,14 +304,13 @@ static void FN(scale)(const boft_scale_args *args, int64_t begin, int64_t end)
     for (int64_t t = begin; t < end; t++)
         for (int64_t j = 0; j < args->n; j++) {
             const REAL z = FN(load)(args->dtype, args->z, t * args->z_stride + j);
-            const REAL shift = bias ? bias[j] * (args->bias_apart ? 1 : 1 - s[j]) : 0;
-            FN(store)(args->dtype, args->out, t * args->out_stride + j, z * s[j] + shift);
+            FN(store)(args->dtype, args->out, t * args->out_stride + j, z * s[j] + (bias ? bias[j] * (1 - s[j]) : 0));
         }
 }
 
 static void FN(scale_backward)(const boft_scale_backward_args *args, int64_t begin, int64_t end)
 {
-    const REAL *s = args->s, *bias = args->bias_apart ? NULL : args->bias;
+    const REAL *s = args->s, *bias = args->bias;
     for (int64_t split = begin; split < end; split++) {
         REAL *ds = args->ds ? (REAL *)args->ds + split * args->n : NULL;
         REAL *dbias = args->dbias ? (REAL *)args->dbias + split * args->n : NULL;
@@ -324,7 +323,7 @@ static void FN(scale_backward)(const boft_scale_backward_args *args, int64_t beg
                 if (ds)
                     ds_sum += dy * (FN(load)(args->dtype, args->z, t * args->z_stride + j) - (bias ? bias[j] : 0));
                 if (dbias)
-                    dbias_sum += dy * (args->bias_apart ? 1 : 1 - s[j]);
+                    dbias_sum += dy * (args->bias_detached ? 1 : 1 - s[j]);
                 if (args->dz)
                     FN(store)(args->dtype, args->dz, t * args->dz_stride + j, dy * s[j]);
             }

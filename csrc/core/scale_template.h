@@ -1,5 +1,5 @@
 /*
- * z s + bias (1 - s) (or z s + bias) and its backward for one type of data: DATA, with LOAD(load), LOAD(store) ... converting it to and
+ * z s + bias (1 - s) and its backward for one type of data: DATA, with LOAD(load), LOAD(store) ... converting it to and
  * from vectors of REAL, and DATA_FN(x) naming its functions. Undefines the three at its end.
  */
 
@@ -7,8 +7,7 @@ VEC_ATTR static void DATA_FN(scale)(const boft_scale_args *args, int64_t begin, 
 {
     enum { LANES = VEC(VEC_LANES) };
     const REAL *s = args->s, *bias = args->bias;
-    /* The bias counts 1 - s times, or once where it is not in z. */
-    const VEC(vec) one = VEC(set1)(1), minus = VEC(set1)(args->bias_apart ? 0 : -1);
+    const VEC(vec) one = VEC(set1)(1);
     const int64_t whole = args->n / LANES * LANES, rest = args->n - whole;
     for (int64_t t = begin; t < end; t++) {
         const DATA *z = (const DATA *)args->z + t * args->z_stride;
@@ -17,14 +16,14 @@ VEC_ATTR static void DATA_FN(scale)(const boft_scale_args *args, int64_t begin, 
             const VEC(vec) factor = VEC(load)(s + j);
             VEC(vec) sum = VEC(mul)(LOAD(load)(z + j), factor);
             if (bias)
-                sum = VEC(fma)(VEC(load)(bias + j), VEC(fma)(minus, factor, one), sum);
+                sum = VEC(fma)(VEC(load)(bias + j), VEC(sub)(one, factor), sum);
             LOAD(store)(out + j, sum);
         }
         if (rest) {
             const VEC(vec) factor = VEC(loadn)(s + whole, rest);
             VEC(vec) sum = VEC(mul)(LOAD(loadn)(z + whole, rest), factor);
             if (bias)
-                sum = VEC(fma)(VEC(loadn)(bias + whole, rest), VEC(fma)(minus, factor, one), sum);
+                sum = VEC(fma)(VEC(loadn)(bias + whole, rest), VEC(sub)(one, factor), sum);
             LOAD(storen)(out + whole, sum, rest);
         }
     }
@@ -35,7 +34,7 @@ VEC_FN void DATA_FN(scale_backward_columns)(const boft_scale_backward_args *args
                                             int64_t lanes, int64_t j, int64_t first, int64_t past, REAL *ds, REAL *dbias)
 {
     enum { LANES = VEC(VEC_LANES) };
-    const REAL *s = (const REAL *)args->s + j, *bias = args->bias && !args->bias_apart ? (const REAL *)args->bias + j : NULL;
+    const REAL *s = (const REAL *)args->s + j, *bias = args->bias ? (const REAL *)args->bias + j : NULL;
     VEC(vec) factor[4], shift[4], ds_sum[4], dy_sum[4];
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; v++) {
@@ -68,7 +67,7 @@ VEC_FN void DATA_FN(scale_backward_columns)(const boft_scale_backward_args *args
     }
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; v++) {
-        const VEC(vec) share = args->bias_apart ? VEC(set1)(1) : VEC(sub)(VEC(set1)(1), factor[v]);
+        const VEC(vec) share = args->bias_detached ? VEC(set1)(1) : VEC(sub)(VEC(set1)(1), factor[v]);
         const VEC(vec) dbias_sum = VEC(mul)(dy_sum[v], share);
         if (ds && partial)
             VEC(storen)(ds + j + v * LANES, ds_sum[v], lanes);

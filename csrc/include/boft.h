@@ -200,11 +200,7 @@ BOFT_API boft_status boft_rotate_backward(const boft_rotate_backward_args *args,
 BOFT_API boft_status boft_sum_splits(boft_dtype dtype, int64_t splits, int64_t count, const void *parts, void *out,
                                      int64_t begin, int64_t end);
 
-/*
- * ---- Scale: (z - bias) s + bias, computed as z s + bias (1 - s) --------------------------------------------------------
- *
- * z is the output of a layer that has added its bias. With bias_apart the bias is not yet in z, and out = z s + bias.
- */
+/* ---- Scale: z s + bias (1 - s), where z is the output of a layer that has added its bias ------------------------------- */
 
 typedef struct boft_scale_args {
     boft_dtype dtype; /* of z and out */
@@ -215,15 +211,15 @@ typedef struct boft_scale_args {
     const void *bias; /* n reals or NULL */
     void *out;        /* (T, n); may be z */
     int64_t out_stride;
-    int bias_apart;
 } boft_scale_args;
 
 /* Rows begin ... end-1. */
 BOFT_API boft_status boft_scale(const boft_scale_args *args, int64_t begin, int64_t end);
 
 /*
- * Backward in one pass: dz = dy s, ds = sum_t dy (z - bias), dbias = sum_t dy (1 - s), without the part of a bias's
- * gradient that flows through z; with bias_apart ds = sum_t dy z, dbias = sum_t dy. Sums are split by rows as for rotate.
+ * Backward in one pass: dz = dy s, ds = sum_t dy (z - bias), dbias = sum_t dy (1 - s), which leaves out the part of a
+ * bias's gradient that flows through z; with bias_detached none flows there, and dbias = sum_t dy is all of it. Sums are
+ * split by rows as for rotate.
  */
 typedef struct boft_scale_backward_args {
     boft_dtype dtype; /* of dy, z and dz */
@@ -238,7 +234,7 @@ typedef struct boft_scale_backward_args {
     int64_t dz_stride;
     void *ds;    /* NULL or splits * n reals */
     void *dbias; /* NULL or splits * n reals */
-    int bias_apart;
+    int bias_detached;
 } boft_scale_backward_args;
 
 /* Row splits of ds and dbias, from the number of rows alone; at least 1. */

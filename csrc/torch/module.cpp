@@ -22,10 +22,10 @@ TORCH_LIBRARY(boft, library) {
   library.def(
       "rotate_backward(Tensor dy, Tensor x, Tensor blocks, int b, int m, bool transpose, bool need_x, bool need_blocks) "
       "-> (Tensor dx, Tensor dblocks)");
-  // z (..., n) -> z s + bias (1 - s), or z s + bias where z lacks the bias.
-  library.def("scale(Tensor z, Tensor s, Tensor? bias, bool bias_apart) -> Tensor");
+  // z (..., n) -> z s + bias (1 - s). With bias_detached, z holds the bias without its gradient.
+  library.def("scale(Tensor z, Tensor s, Tensor? bias, bool bias_detached) -> Tensor");
   library.def(
-      "scale_backward(Tensor dy, Tensor? z, Tensor s, Tensor? bias, bool bias_apart, bool need_z, bool need_s, "
+      "scale_backward(Tensor dy, Tensor? z, Tensor s, Tensor? bias, bool bias_detached, bool need_z, bool need_s, "
       "bool need_bias) -> (Tensor dz, Tensor ds, Tensor dbias)");
 }
 

@@ -1,4 +1,4 @@
-// boft::scale: z s + bias (1 - s), or z s + bias, and its backward.
+// boft::scale: z s + bias (1 - s), and its backward.
 #include "common.h"
 #include "ops.h"
 
@@ -35,7 +35,8 @@ Tensor sum_splits(const Tensor& parts, boft_dtype real, const Tensor& like) {
   return sum.to(like.scalar_type()).view(like.sizes());
 }
 
-Tensor scale_cpu(const Tensor& z, const Tensor& s, const std::optional<Tensor>& bias, bool bias_apart) {
+// bias_detached matters to the backward only.
+Tensor scale_cpu(const Tensor& z, const Tensor& s, const std::optional<Tensor>& bias, bool) {
   const boft_dtype dtype = data_dtype(z, "z");
   const int64_t n = outputs_of(z);
   const at::ScalarType real = real_dtype(z.scalar_type());
@@ -44,15 +45,14 @@ Tensor scale_cpu(const Tensor& z, const Tensor& s, const std::optional<Tensor>& 
   const Rows in(z);
   Tensor out = empty_contiguous(z);
   const boft_scale_args args = {dtype,     in.rows, n, in.data(), in.stride, factors.const_data_ptr(),
-                                shifts.defined() ? shifts.const_data_ptr() : nullptr, out.mutable_data_ptr(), n,
-                                bias_apart};
+                                shifts.defined() ? shifts.const_data_ptr() : nullptr, out.mutable_data_ptr(), n};
   parallel(in.rows, in.rows * n * 8, 0,
            [&](int64_t begin, int64_t end, void*) { return boft_scale(&args, begin, end); });
   return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor> scale_backward_cpu(const Tensor& dy, const std::optional<Tensor>& z, const Tensor& s,
-                                                      const std::optional<Tensor>& bias, bool bias_apart,
+                                                      const std::optional<Tensor>& bias, bool bias_detached,
                                                       bool need_z, bool need_s, bool need_bias) {
   const boft_dtype dtype = data_dtype(dy, "dy"), real = dtype == BOFT_F64 ? BOFT_F64 : BOFT_F32;
   const int64_t n = outputs_of(dy);
@@ -81,28 +81,28 @@ std::tuple<Tensor, Tensor, Tensor> scale_backward_cpu(const Tensor& dy, const st
   args.dz_stride = n;
   args.ds = need_s ? ds.mutable_data_ptr() : nullptr;
   args.dbias = need_bias ? dbias.mutable_data_ptr() : nullptr;
-  args.bias_apart = bias_apart;
+  args.bias_detached = bias_detached;
   parallel(splits, grad.rows * n * 8, 0,
            [&](int64_t begin, int64_t end, void*) { return boft_scale_backward(&args, begin, end); });
   return {dz, need_s ? sum_splits(ds, real, s) : ds, need_bias ? sum_splits(dbias, real, *bias) : dbias};
 }
 
-Tensor call_scale(const Tensor& z, const Tensor& s, const std::optional<Tensor>& bias, bool bias_apart) {
+Tensor call_scale(const Tensor& z, const Tensor& s, const std::optional<Tensor>& bias, bool bias_detached) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("boft::scale", "")
                              .typed<Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&, bool)>();
-  return op.call(z, s, bias, bias_apart);
+  return op.call(z, s, bias, bias_detached);
 }
 
 std::tuple<Tensor, Tensor, Tensor> call_scale_backward(const Tensor& dy, const std::optional<Tensor>& z, const Tensor& s,
-                                                       const std::optional<Tensor>& bias, bool bias_apart, bool need_z,
+                                                       const std::optional<Tensor>& bias, bool bias_detached, bool need_z,
                                                        bool need_s, bool need_bias) {
   static const auto op =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("boft::scale_backward", "")
           .typed<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const std::optional<Tensor>&, const Tensor&,
                                                     const std::optional<Tensor>&, bool, bool, bool, bool)>();
-  return op.call(dy, z, s, bias, bias_apart, need_z, need_s, need_bias);
+  return op.call(dy, z, s, bias, bias_detached, need_z, need_s, need_bias);
 }
 
 std::optional<Tensor> optional_of(const Tensor& tensor) {
@@ -112,12 +112,12 @@ std::optional<Tensor> optional_of(const Tensor& tensor) {
 class ScaleFunction : public torch::autograd::Function<ScaleFunction> {
  public:
   static Tensor forward(AutogradContext* ctx, const Tensor& z, const Tensor& s, const std::optional<Tensor>& bias,
-                        bool bias_apart) {
+                        bool bias_detached) {
     at::AutoDispatchBelowADInplaceOrView guard;
     // z is the one large tensor here and serves the gradient of s alone.
     ctx->save_for_backward({s.requires_grad() ? z : Tensor(), s, bias.value_or(Tensor())});
-    ctx->saved_data["bias_apart"] = bias_apart;
-    return call_scale(z, s, bias, bias_apart);
+    ctx->saved_data["bias_detached"] = bias_detached;
+    return call_scale(z, s, bias, bias_detached);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -126,14 +126,14 @@ class ScaleFunction : public torch::autograd::Function<ScaleFunction> {
     const bool need_z = ctx->needs_input_grad(0), need_s = ctx->needs_input_grad(1);
     const bool need_bias = bias.has_value() && ctx->needs_input_grad(2);
     auto [dz, ds, dbias] =
-        call_scale_backward(grads[0], optional_of(saved[0]), saved[1], bias, ctx->saved_data["bias_apart"].toBool(),
+        call_scale_backward(grads[0], optional_of(saved[0]), saved[1], bias, ctx->saved_data["bias_detached"].toBool(),
                             need_z, need_s, need_bias);
     return {need_z ? dz : Tensor(), need_s ? ds : Tensor(), need_bias ? dbias : Tensor(), Tensor()};
   }
 };
 
-Tensor scale_autograd(const Tensor& z, const Tensor& s, const std::optional<Tensor>& bias, bool bias_apart) {
-  return ScaleFunction::apply(z, s, bias, bias_apart);
+Tensor scale_autograd(const Tensor& z, const Tensor& s, const std::optional<Tensor>& bias, bool bias_detached) {
+  return ScaleFunction::apply(z, s, bias, bias_detached);
 }
 
 }  // namespace

@@ -11,7 +11,7 @@ static const boft_dtype dtypes[] = {BOFT_F32, BOFT_BF16, BOFT_F16, BOFT_F64};
 enum { DENSE, GAPS, EXPANDED, LAYOUTS };
 
 /* No bias; one that z contains; one that it does not contain yet. */
-enum { NO_BIAS, BIAS_IN_Z, BIAS_APART, BIASES };
+enum { NO_BIAS, BIAS_IN_Z, BIAS_DETACHED, BIASES };
 
 /* One scale: sizes, the values that the core is given, and what must come out, in double. */
 typedef struct problem {
@@ -56,15 +56,14 @@ static void find_truth(problem *p)
         for (int64_t j = 0; j < n; j++) {
             const int64_t i = t * n + j;
             const double z = p->z[i], dy = p->dy[i], s = p->s[j], bias = p->kind == NO_BIAS ? 0 : p->bias[j];
-            const double share = p->kind == BIAS_APART ? 1 : 1 - s,
-                         share_size = p->kind == BIAS_APART ? 1 : 1 + fabs(s);
-            const double shift = p->kind == BIAS_IN_Z ? bias : 0;
-            p->out[i] = z * s + bias * share;
-            p->out_bound[i] = 4 * u * (fabs(z * s) + fabs(bias) * share_size);
+            const double share = p->kind == BIAS_DETACHED ? 1 : 1 - s,
+                         share_size = p->kind == BIAS_DETACHED ? 1 : 1 + fabs(s);
+            p->out[i] = z * s + bias * (1 - s);
+            p->out_bound[i] = 4 * u * (fabs(z * s) + fabs(bias) * (1 + fabs(s)));
             p->dz[i] = dy * s;
             p->dz_bound[i] = u * fabs(dy * s);
-            p->ds[j] += dy * (z - shift);
-            p->ds_bound[j] += sum * fabs(dy) * (fabs(z) + fabs(shift));
+            p->ds[j] += dy * (z - bias);
+            p->ds_bound[j] += sum * fabs(dy) * (fabs(z) + fabs(bias));
             p->dbias[j] += dy * share;
             p->dbias_bound[j] += sum * fabs(dy) * share_size;
         }
@@ -86,7 +85,7 @@ static void make_problem(problem *p, boft_dtype dtype, int64_t rows, int64_t n, 
     snprintf(p->name, sizeof p->name, "%s %lld rows of %lld%s%s%s", dtype_name(dtype), (long long)rows, (long long)n,
              kind == NO_BIAS     ? ""
              : kind == BIAS_IN_Z ? ", bias"
-                                 : ", bias apart",
+                                 : ", bias detached",
              layout == GAPS       ? ", gaps"
              : layout == EXPANDED ? ", expanded"
                                   : "",
@@ -133,8 +132,7 @@ static boft_scale_args forward_args(const problem *p, const inputs *in, void *ou
                              .s = in->s,
                              .bias = in->bias,
                              .out = out,
-                             .out_stride = p->out_stride,
-                             .bias_apart = p->kind == BIAS_APART};
+                             .out_stride = p->out_stride};
 }
 
 static void run_forward(const boft_scale_args *args, division how)
@@ -156,12 +154,12 @@ static boft_scale_backward_args backward_args(const problem *p, const inputs *in
                                       .z = ds ? in->z : NULL,
                                       .z_stride = ds ? p->z_stride : 0,
                                       .s = in->s,
-                                      .bias = p->kind == BIAS_APART ? NULL : in->bias, /* its value is not needed */
+                                      .bias = in->bias,
                                       .dz = dz,
                                       .dz_stride = dz ? p->dz_stride : 0,
                                       .ds = ds,
                                       .dbias = dbias,
-                                      .bias_apart = p->kind == BIAS_APART};
+                                      .bias_detached = p->kind == BIAS_DETACHED};
 }
 
 static void run_backward(const boft_scale_backward_args *args, division how)
@@ -230,7 +228,6 @@ static void check_backward(const problem *p, const inputs in[2], void *const dz[
                                                       wanted & 4 ? dbias[1] : NULL);
         args.dy = dz[1];
         args.dy_stride = p->dz_stride;
-        args.bias = in[0].bias; /* one that is apart must not count */
         run_backward(&args, PIECES);
         if (wanted & 1)
             EXPECT_SAME("dz in place", p->dtype, dz[0], dz[1], p->dz_stride, p->rows, p->n);
@@ -525,7 +522,6 @@ int main(int argc, char **argv)
     test_no_rows();
     test_nan();
     difference_case(BIAS_IN_Z);
-    difference_case(BIAS_APART);
     test_refusals();
     return test_finish();
 }
