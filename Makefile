@@ -7,6 +7,9 @@ PY := $(VENV)/bin/python
 # The model and data of the demo and of the tests are in installed packages: nothing asks the network.
 export HF_HUB_OFFLINE := 1
 
+# Threads that spin while they wait make tests many times slower where other programs keep a core busy.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 # The stamp carries the kind of build, so that another kind rebuilds. Folders count too: they change when a file goes.
 BUILT := $(VENV)/built-portable$(BOFT_PORTABLE)
 SOURCES := setup.py pyproject.toml $(shell find csrc)

@@ -1,0 +1,64 @@
+"""What a training step costs: median time, taken in turns, and the peak of live tensor memory."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+Step = Callable[[], object]
+
+
+def seconds(step: Step) -> float:
+    """Wall-clock time of one call."""
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def medians_in_turns(steps: Mapping[str, Step], rounds: int) -> dict[str, float]:
+    """Median seconds of each step over `rounds` rounds, in each of which every step runs once.
+
+    Taking turns spreads whatever else the machine does over all of them alike. Each round starts with another step, so
+    that none always follows the same neighbour; one round before is not counted.
+    """
+    names = list(steps)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for name in names:
+        steps[name]()
+    for turn in range(rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            times[name].append(seconds(steps[name]))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def peak_bytes(step: Step, alive: Iterable[Tensor]) -> int:
+    """Peak bytes of live tensors while `step` runs, those in `alive` included.
+
+    torch's profiler reports every allocation and release of torch's CPU allocator, also of temporaries inside an
+    operator, which Python's hooks on autograd and dispatch do not see; a resident-set size would add the interpreter,
+    unused pages and whatever ran before. Releases of memory from before the profile are not reported, so `step` must
+    not free any of `alive`: leave no gradients behind before the call.
+
+    Args:
+        step: runs on the CPU. alive: tensors that exist before and after it: parameters, buffers, optimiser state.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_bytes())["traceEvents"]
+    current = peak = 0
+    for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
+        current += event["args"]["Bytes"]
+        peak = max(peak, current)
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in alive}
+    return sum(storages.values()) + peak
