@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops  # noqa: F401  (registers torch.ops.boft)
 from .blocks_cache import cached_blocks
 from .reference import accumulate_dtype
 
