@@ -25,8 +25,8 @@ class Options(NamedTuple):
     rounds: int = 20
     block_size: int = 8
     factors: int = 2
-    boft_lr: float = 5e-3
-    lora_lr: float = 1e-3
+    boft_lr: float = 2e-3
+    lora_lr: float = 2e-3
 
 
 QUICK = {"per_module": 10, "epochs": 1, "max_tokens": 16, "layers": 2, "rounds": 2}
