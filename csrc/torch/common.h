@@ -6,7 +6,6 @@
 #include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
-#include <atomic>
 
 #include "boft.h"
 

@@ -70,7 +70,10 @@ std::tuple<Tensor, Tensor> rotate_backward_cpu(const Tensor& dy, const Tensor& x
   TORCH_CHECK_TYPE(!need_blocks || x.scalar_type() == dy.scalar_type(), "rotate backward: x is ", x.scalar_type(),
                    " and dy ", dy.scalar_type());
   const Rows grad(dy), in(need_blocks ? x : dy);
-  const Tensor given = blocks_any.contiguous(), flipped = transposed(plan, real, given);
+  const bool several = plan.levels > 1;
+  // The other orientation: going back from x R needs it for dx, and from x R^T for the inputs between levels.
+  const bool need_flipped = transpose ? need_blocks && several : need_x || several;
+  const Tensor given = blocks_any.contiguous(), flipped = need_flipped ? transposed(plan, real, given) : given;
   const int64_t splits = boft_rotate_backward_splits(&plan, grad.rows);
   Tensor dx = need_x ? empty_contiguous(dy) : at::empty({0}, dy.options());
   Tensor dblocks = at::empty({need_blocks ? plan.count : 0}, given.options());
