@@ -213,7 +213,8 @@ static void give_up(const char *what)
     exit(2);
 }
 
-void *guarded(size_t bytes, size_t align, guard side)
+/* Inaccessible pages for `bytes` bytes, at least one, between two more. */
+static buffer *reserve(size_t bytes)
 {
     const size_t page = page_bytes();
     if (buffer_count == MAX_BUFFERS)
@@ -224,6 +225,12 @@ void *guarded(size_t bytes, size_t align, guard side)
     if (map == MAP_FAILED)
         give_up("mmap");
     made->pages = map + page;
+    return made;
+}
+
+void *guarded(size_t bytes, size_t align, guard side)
+{
+    buffer *made = reserve(bytes);
     if (mprotect(made->pages, made->pages_bytes, PROT_READ | PROT_WRITE))
         give_up("mprotect");
     made->data = made->pages + (side == GUARD_START ? 0 : (made->pages_bytes - bytes) / align * align);
@@ -234,18 +241,13 @@ void *guarded(size_t bytes, size_t align, guard side)
 
 void *far_rows(int64_t rows, size_t row_bytes, size_t stride)
 {
-    const size_t page = page_bytes(), bytes = (size_t)(rows - 1) * stride + row_bytes;
-    if (buffer_count == MAX_BUFFERS)
-        give_up("too many guarded buffers");
-    buffer *made = &buffers[buffer_count++];
-    *made = (buffer){.bytes = bytes, .pages_bytes = (bytes + page - 1) / page * page, .is_far = 1};
-    unsigned char *map = mmap(NULL, made->pages_bytes + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANON, -1, 0);
-    if (map == MAP_FAILED)
-        give_up("mmap");
-    made->data = made->pages = map + page;
+    const size_t page = page_bytes();
+    buffer *made = reserve((size_t)(rows - 1) * stride + row_bytes);
+    made->is_far = 1;
+    made->data = made->pages;
     for (int64_t t = 0; t < rows; t++) {
         unsigned char *row = made->data + (size_t)t * stride;
-        const size_t before = (size_t)(row - map) % page;
+        const size_t before = (size_t)(row - made->pages) % page;
         if (mprotect(row - before, before + row_bytes, PROT_READ | PROT_WRITE))
             give_up("mprotect");
         memset(row, UNWRITTEN, row_bytes);
