@@ -9,6 +9,7 @@
 /* Best first. */
 static const boft_kernels *const variants[] = {
 #ifdef BOFT_X86
+    &boft_kernels_avx512bf16,
     &boft_kernels_avx512,
     &boft_kernels_avx2,
 #endif
@@ -25,6 +26,8 @@ static int supported(const boft_kernels *kernels)
 {
 #ifdef BOFT_X86
     __builtin_cpu_init();
+    if (kernels == &boft_kernels_avx512bf16)
+        return supported(&boft_kernels_avx512) && __builtin_cpu_supports("avx512bf16");
     if (kernels == &boft_kernels_avx512)
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
@@ -75,7 +78,7 @@ boft_status boft_cpu_select(const char *name)
     if (!kernels)
         return boft_refuse(BOFT_BAD_ARGUMENT, "%s %s is unknown; this build has %s%s", source, asked,
 #ifdef BOFT_X86
-                           "avx512, avx2, ",
+                           "avx512bf16, avx512, avx2, ",
 #else
                            "",
 #endif

@@ -5,13 +5,31 @@
  * results do not depend on how rows are split.
  */
 
+/* sum[i][v] += a_i b_v for one k. `a` holds a column of `rows` values a_row apart, `b` a row of vectors. */
+VEC_FN void FN(gemm_step)(const int rows, const int vectors, const int partial, int64_t lanes, const REAL *a,
+                          int64_t a_row, const REAL *b, VEC(vec) sum[8][2])
+{
+    enum { LANES = VEC(VEC_LANES) };
+    VEC(vec) row[2];
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; v++)
+        row[v] = partial && v == vectors - 1 ? VEC(loadn)(b + v * LANES, lanes) : VEC(load)(b + v * LANES);
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++) {
+        const VEC(vec) factor = VEC(set1)(a[i * a_row]);
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; v++)
+            sum[i][v] = VEC(fma)(factor, row[v], sum[i][v]);
+    }
+}
+
 /*
- * One tile of `rows` x (`vectors` vectors), the last vector `lanes` wide if `partial`. rows, vectors and partial are
- * constants at every call, so the accumulators live in registers.
+ * One tile of `rows` x (`vectors` vectors), the last vector `lanes` wide if `partial`. rows, vectors, partial and
+ * `unrolled` are constants at every call, so the accumulators live in registers; if `unrolled`, so is depth.
  */
 VEC_FN void FN(gemm_tile)(const int rows, const int vectors, const int partial, int64_t lanes, int64_t depth,
-                          const REAL *a, int64_t a_row, int64_t a_depth, const REAL *b, int64_t ldb, REAL *c,
-                          int64_t ldc, int accumulate)
+                          const REAL *a, int64_t a_row, int64_t a_depth, const REAL *b, int64_t ldb,
+                          REAL *c, int64_t ldc, int accumulate)
 {
     enum { LANES = VEC(VEC_LANES) };
     VEC(vec) sum[8][2];
@@ -25,21 +43,15 @@ VEC_FN void FN(gemm_tile)(const int rows, const int vectors, const int partial, 
             else
                 sum[i][v] = partial && v == vectors - 1 ? VEC(loadn)(from, lanes) : VEC(load)(from);
         }
-    for (int64_t k = 0; k < depth; k++) {
-        VEC(vec) row[2];
-#pragma GCC unroll 2
-        for (int v = 0; v < vectors; v++) {
-            const REAL *from = b + k * ldb + v * LANES;
-            row[v] = partial && v == vectors - 1 ? VEC(loadn)(from, lanes) : VEC(load)(from);
-        }
-#pragma GCC unroll 8
-        for (int i = 0; i < rows; i++) {
-            const VEC(vec) factor = VEC(set1)(a[i * a_row + k * a_depth]);
-#pragma GCC unroll 2
-            for (int v = 0; v < vectors; v++)
-                sum[i][v] = VEC(fma)(factor, row[v], sum[i][v]);
-        }
+    int64_t k = 0;
+    for (; k + 4 <= depth; k += 4) {
+        FN(gemm_step)(rows, vectors, partial, lanes, a + k * a_depth, a_row, b + k * ldb, sum);
+        FN(gemm_step)(rows, vectors, partial, lanes, a + (k + 1) * a_depth, a_row, b + (k + 1) * ldb, sum);
+        FN(gemm_step)(rows, vectors, partial, lanes, a + (k + 2) * a_depth, a_row, b + (k + 2) * ldb, sum);
+        FN(gemm_step)(rows, vectors, partial, lanes, a + (k + 3) * a_depth, a_row, b + (k + 3) * ldb, sum);
     }
+    for (; k < depth; k++)
+        FN(gemm_step)(rows, vectors, partial, lanes, a + k * a_depth, a_row, b + k * ldb, sum);
 #pragma GCC unroll 8
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 2

@@ -29,6 +29,7 @@ extern const boft_kernels boft_kernels_portable;
 #define BOFT_X86 1
 extern const boft_kernels boft_kernels_avx2;
 extern const boft_kernels boft_kernels_avx512;
+extern const boft_kernels boft_kernels_avx512bf16;
 #endif
 
 /* The table in use; never NULL. */

@@ -9,12 +9,22 @@ enum { TASKS = 32 };
 enum { SPLIT_ROWS = 128 };
 /* Partial gradients stay below this many elements where two splits suffice. */
 enum { SPLIT_ELEMENTS = 1 << 21 };
+/* Lanes of the widest vector of reals. */
+enum { BOFT_MOST_LANES = 16 };
+
+/* At most this many REALs hold the blocks of a span packed for groups in lanes: a window is more than half a vector. */
+static int64_t packed_reals(const boft_plan *plan)
+{
+    const int64_t vectors_of_a_tile = 2 * boft_tile_channels(plan) + BOFT_MOST_LANES;
+    const int64_t tiles = (boft_span_channels(plan) + boft_tile_channels(plan) - 1) / boft_tile_channels(plan);
+    return plan->levels == 1 && 2 * plan->super <= BOFT_MOST_LANES ? tiles * vectors_of_a_tile * plan->super : 0;
+}
 
 size_t boft_rotate_workspace(const boft_plan *plan, boft_dtype dtype)
 {
     /* Two strips of a tile and, for levels with gathered channels, two of a group. */
-    size_t reals = (size_t)BOFT_TILE_ROWS * (size_t)(2 * boft_tile_channels(plan) + 2 * plan->super);
-    return reals * boft_real_size(dtype);
+    const int64_t strips = 2 * boft_tile_rows(plan) * (boft_tile_channels(plan) + plan->super);
+    return (size_t)(strips + packed_reals(plan)) * boft_real_size(dtype);
 }
 
 static boft_status check_rotate(const boft_rotate_args *args)
@@ -47,7 +57,7 @@ boft_status boft_rotate(const boft_rotate_args *args, int64_t begin, int64_t end
 
 int64_t boft_rotate_backward_splits(const boft_plan *plan, int64_t rows)
 {
-    int64_t across = boft_tiles_across(plan);
+    int64_t across = boft_spans(plan);
     int64_t splits = (TASKS + across - 1) / across;
     splits = boft_min(splits, (rows + SPLIT_ROWS - 1) / SPLIT_ROWS);
     splits = boft_min(splits, boft_max(2, SPLIT_ELEMENTS / plan->count));
@@ -56,16 +66,14 @@ int64_t boft_rotate_backward_splits(const boft_plan *plan, int64_t rows)
 
 int64_t boft_rotate_backward_tasks(const boft_plan *plan, int64_t rows)
 {
-    return boft_rotate_backward_splits(plan, rows) * boft_tiles_across(plan);
+    return boft_rotate_backward_splits(plan, rows) * boft_spans(plan);
 }
 
 size_t boft_rotate_backward_workspace(const boft_plan *plan, boft_dtype dtype)
 {
     /* The input of every level and two strips of dy; two gathered groups and one gathered result. */
-    size_t strips = (size_t)plan->levels + 2;
-    size_t reals = (size_t)BOFT_TILE_ROWS_BACKWARD *
-                   (strips * (size_t)boft_tile_channels(plan) + 3 * (size_t)plan->super);
-    return reals * boft_real_size(dtype);
+    const int64_t strips = boft_tile_rows(plan) * ((plan->levels + 2) * boft_tile_channels(plan) + 3 * plan->super);
+    return (size_t)(strips + 2 * packed_reals(plan)) * boft_real_size(dtype);
 }
 
 static boft_status check_rotate_backward(const boft_rotate_backward_args *args)

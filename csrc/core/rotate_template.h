@@ -5,6 +5,7 @@
  * of REALs, goes through all levels there, and is rounded once on its way out: one pass over memory for any number of
  * levels, and no rounding between them.
  */
+#include "lanes_template.h"
 
 /* `count` values at element `at` of data, as REALs. */
 VEC_FN void FN(load_run)(boft_dtype dtype, const void *data, int64_t at, int64_t count, REAL *to)
@@ -78,17 +79,40 @@ VEC_FN void FN(store_strip)(boft_dtype dtype, const REAL *strip, void *data, int
         FN(store_run)(dtype, strip + t * channels, data, (row + t) * stride + channel, channels);
 }
 
+/* to = from, `count` REALs that overlap nothing. Chunks of the usual block sizes are single moves. */
+VEC_FN void FN(copy_chunk)(int64_t count, const REAL *from, REAL *to)
+{
+    switch (count) {
+    case 1:
+        *to = *from;
+        return;
+    case 2:
+        memcpy(to, from, 2 * sizeof(REAL));
+        return;
+    case 4:
+        memcpy(to, from, 4 * sizeof(REAL));
+        return;
+    case 8:
+        memcpy(to, from, 8 * sizeof(REAL));
+        return;
+    default:
+        for (; count >= VEC(VEC_LANES); count -= VEC(VEC_LANES), from += VEC(VEC_LANES), to += VEC(VEC_LANES))
+            VEC(store)(to, VEC(load)(from));
+        for (int64_t j = 0; j < count; j++)
+            to[j] = from[j];
+    }
+}
+
 /* The rows of group g of a strip: where they lie if its channels are contiguous, otherwise copied into `buffer`. */
 VEC_FN FN(strip) FN(gather_group)(const boft_level *level, int64_t g, FN(strip) in, int64_t rows, REAL *buffer)
 {
-    const REAL *from = in.data + boft_group_start(level, g);
     if (level->runs == 1)
-        return (FN(strip)){from, in.stride};
+        return (FN(strip)){in.data + g * level->group, in.stride};
+    const REAL *from = in.data + boft_group_start(level, g);
     const int64_t stride = boft_run_stride(level), chunk = level->chunk;
     for (int64_t t = 0; t < rows; t++)
         for (int64_t run = 0; run < level->runs; run++)
-            for (int64_t j = 0; j < chunk; j++)
-                buffer[t * level->group + run * chunk + j] = from[t * in.stride + run * stride + j];
+            FN(copy_chunk)(chunk, from + t * in.stride + run * stride, buffer + t * level->group + run * chunk);
     return (FN(strip)){buffer, level->group};
 }
 
@@ -100,17 +124,96 @@ VEC_FN void FN(scatter_group)(const boft_level *level, int64_t g, const REAL *bu
     REAL *to = out + boft_group_start(level, g);
     for (int64_t t = 0; t < rows; t++)
         for (int64_t run = 0; run < level->runs; run++)
-            for (int64_t j = 0; j < chunk; j++)
-                to[t * out_stride + run * stride + j] = buffer[t * level->group + run * chunk + j];
+            FN(copy_chunk)(chunk, buffer + t * level->group + run * chunk, to + t * out_stride + run * stride);
+}
+
+/*
+ * Groups of exactly one or two vectors that lie side by side, BOFT_TILE_ROWS_SMALL rows: out = x times the blocks, and
+ * dblocks += x^T dy. `vectors` is a constant. The functions that fix it are not inlined, so that their loops have the
+ * registers to themselves (two Zen 4 cores, 64 x 768 in cache: 1.0 times the floor, inlined 1.3).
+ */
+VEC_FN void FN(multiply_small)(const int vectors, int64_t groups, FN(strip) x, const REAL *blocks, REAL *out,
+                               int64_t out_stride)
+{
+    const int64_t group = vectors * VEC(VEC_LANES);
+    for (int64_t g = 0; g < groups; g++)
+        FN(gemm_tile)(BOFT_TILE_ROWS_SMALL, vectors, 0, 0, group, x.data + g * group, x.stride, 1,
+                      blocks + g * group * group, group, out + g * group, out_stride, 0);
+}
+
+VEC_ATTR static __attribute__((noinline)) void FN(multiply_one)(int64_t groups, FN(strip) x, const REAL *blocks, REAL *out,
+                                                                int64_t out_stride)
+{
+    FN(multiply_small)(1, groups, x, blocks, out, out_stride);
+}
+
+VEC_ATTR static __attribute__((noinline)) void FN(multiply_two)(int64_t groups, FN(strip) x, const REAL *blocks, REAL *out,
+                                                                int64_t out_stride)
+{
+    FN(multiply_small)(2, groups, x, blocks, out, out_stride);
+}
+
+VEC_FN void FN(gradient_small)(const int vectors, int64_t groups, FN(strip) x, FN(strip) dy, REAL *dblocks)
+{
+    enum { LANES = VEC(VEC_LANES), ROWS = BOFT_TILE_ROWS_SMALL };
+    const int64_t group = vectors * LANES;
+    for (int64_t g = 0; g < groups; g++) {
+        const REAL *in = x.data + g * group;
+        REAL *row = dblocks + g * group * group;
+        VEC(vec) grad[ROWS][2];
+#pragma GCC unroll 4
+        for (int t = 0; t < ROWS; t++)
+#pragma GCC unroll 2
+            for (int v = 0; v < vectors; v++)
+                grad[t][v] = VEC(load)(dy.data + t * dy.stride + g * group + v * LANES);
+#pragma GCC unroll 16
+        for (int64_t k = 0; k < group; k++, row += group)
+#pragma GCC unroll 2
+            for (int v = 0; v < vectors; v++) {
+                VEC(vec) sum = VEC(load)(row + v * LANES);
+#pragma GCC unroll 4
+                for (int t = 0; t < ROWS; t++)
+                    sum = VEC(fma)(VEC(set1)(in[t * x.stride + k]), grad[t][v], sum);
+                VEC(store)(row + v * LANES, sum);
+            }
+    }
+}
+
+VEC_ATTR static __attribute__((noinline)) void FN(gradient_one)(int64_t groups, FN(strip) x, FN(strip) dy, REAL *dblocks)
+{
+    FN(gradient_small)(1, groups, x, dy, dblocks);
+}
+
+VEC_ATTR static __attribute__((noinline)) void FN(gradient_two)(int64_t groups, FN(strip) x, FN(strip) dy, REAL *dblocks)
+{
+    FN(gradient_small)(2, groups, x, dy, dblocks);
+}
+
+/* Whole vectors of a group, if there are few enough for the functions above to take this tile, otherwise 0. */
+VEC_FN int FN(small_vectors)(const boft_level *level, int64_t rows)
+{
+    enum { LANES = VEC(VEC_LANES) };
+    if (level->runs > 1 || rows != BOFT_TILE_ROWS_SMALL || LANES < 8)
+        return 0;
+    return level->group == LANES ? 1 : level->group == 2 * LANES ? 2 : 0;
 }
 
 /* out = in with each group multiplied by its block; `gathered` holds 2 rows group REALs. */
 VEC_FN void FN(apply_level)(const boft_level *level, const REAL *blocks, int64_t rows, int64_t channels, FN(strip) in,
                             REAL *out, int64_t out_stride, REAL *gathered)
 {
-    const int64_t group = level->group;
+    const int64_t group = level->group, groups = channels / group;
+    const int vectors = FN(small_vectors)(level, rows);
+    if (vectors == 1) {
+        FN(multiply_one)(groups, in, blocks, out, out_stride);
+        return;
+    }
+    if (vectors == 2) {
+        FN(multiply_two)(groups, in, blocks, out, out_stride);
+        return;
+    }
     REAL *product = gathered + rows * group;
-    for (int64_t g = 0; g < channels / group; g++) {
+    for (int64_t g = 0; g < groups; g++) {
         const FN(strip) x = FN(gather_group)(level, g, in, rows, gathered);
         const REAL *block = blocks + g * group * group;
         if (level->runs == 1) {
@@ -122,23 +225,26 @@ VEC_FN void FN(apply_level)(const boft_level *level, const REAL *blocks, int64_t
     }
 }
 
-VEC_FN void FN(rotate_tile)(const boft_rotate_args *args, int64_t row, int64_t rows, int64_t channel, int64_t channels,
-                            REAL *workspace)
+VEC_FN void FN(rotate_tile)(const boft_rotate_args *args, const FN(lanes) *lanes, int64_t row, int64_t rows,
+                            int64_t channel, int64_t channels, REAL *workspace)
 {
     const boft_plan *plan = args->plan;
-    const int64_t size = BOFT_TILE_ROWS * boft_tile_channels(plan);
+    const int64_t size = boft_tile_rows(plan) * boft_tile_channels(plan);
     REAL *strips[2] = {workspace, workspace + size}, *gathered = workspace + 2 * size;
     FN(strip) x = FN(load_strip)(args->dtype, args->x, args->x_stride, row, rows, channel, channels, strips[1]);
     for (int64_t step = 0; step < plan->levels; step++) {
         const boft_level *level = &plan->level[args->transpose ? step : plan->levels - 1 - step];
-        const REAL *blocks = (const REAL *)args->blocks + boft_tile_blocks(level, channel);
-        if (step == plan->levels - 1 && FN(is_real)(args->dtype)) {
-            FN(apply_level)(level, blocks, rows, channels, x, (REAL *)args->y + row * args->y_stride + channel,
-                            args->y_stride, gathered);
+        const int straight = step == plan->levels - 1 && FN(is_real)(args->dtype);
+        REAL *out = straight ? (REAL *)args->y + row * args->y_stride + channel : strips[step % 2];
+        const int64_t out_stride = straight ? args->y_stride : channels;
+        if (lanes->group)
+            FN(lanes_rotate)(lanes, channel, rows, channels, x.data, x.stride, out, out_stride);
+        else
+            FN(apply_level)(level, (const REAL *)args->blocks + boft_tile_blocks(level, channel), rows, channels, x, out,
+                            out_stride, gathered);
+        if (straight)
             return;
-        }
-        FN(apply_level)(level, blocks, rows, channels, x, strips[step % 2], channels, gathered);
-        x = (FN(strip)){strips[step % 2], channels};
+        x = (FN(strip)){out, channels};
     }
     FN(store_strip)(args->dtype, x.data, args->y, args->y_stride, row, rows, channel, channels);
 }
@@ -146,40 +252,70 @@ VEC_FN void FN(rotate_tile)(const boft_rotate_args *args, int64_t row, int64_t r
 VEC_ATTR static void FN(rotate)(const boft_rotate_args *args, int64_t begin, int64_t end, void *workspace)
 {
     const boft_plan *plan = args->plan;
-    const int64_t tile = boft_tile_channels(plan);
-    /* Blocks that fit the second-level cache stay there while rows stream by; larger ones are read once per tile. */
-    const int64_t block_of_rows = plan->count * (int64_t)sizeof(REAL) <= 1 << 19 ? BOFT_TILE_ROWS : end - begin;
-    for (int64_t first = begin; first < end; first += block_of_rows) {
-        const int64_t past = boft_min(first + block_of_rows, end);
-        for (int64_t channel = 0; channel < plan->d; channel += tile)
-            for (int64_t row = first; row < past; row += BOFT_TILE_ROWS)
-                FN(rotate_tile)(args, row, boft_min(BOFT_TILE_ROWS, past - row), channel,
-                                boft_min(tile, plan->d - channel), workspace);
+    const int64_t tile = boft_tile_channels(plan), span = boft_span_channels(plan), tall = boft_tile_rows(plan);
+    for (int64_t first = 0; first < plan->d; first += span) {
+        const int64_t past = boft_min(first + span, plan->d);
+        FN(lanes) lanes = FN(lanes_of)(plan, first);
+        REAL *strips = workspace;
+        if (lanes.group) {
+            FN(lanes_pack)(&lanes, past - first, args->blocks, strips);
+            strips += FN(lanes_size)(&lanes, past - first);
+        }
+        for (int64_t row = begin; row < end; row += tall)
+            for (int64_t channel = first; channel < past; channel += tile)
+                FN(rotate_tile)(args, &lanes, row, boft_min(tall, end - row), channel, boft_min(tile, past - channel),
+                                strips);
     }
 }
 
-/* dblocks (+)= x_g^T dy_g for each group; `gathered` holds 2 rows group REALs. */
-VEC_FN void FN(block_gradients)(const boft_level *level, int64_t rows, int64_t channels, FN(strip) x, FN(strip) dy,
-                                REAL *dblocks, int accumulate, REAL *gathered)
+/*
+ * A level's part of the backward: dblocks (unless NULL) of x and dy, which for x R^T change places, and dx (unless
+ * NULL) = dy times the blocks; `gathered` holds 3 rows group REALs.
+ */
+VEC_FN void FN(level_backward)(const boft_level *level, int transpose, const REAL *blocks_back, int64_t rows,
+                               int64_t channels, FN(strip) x, FN(strip) dy, REAL *dblocks, int accumulate, REAL *dx,
+                               int64_t dx_stride, REAL *gathered)
 {
-    const int64_t group = level->group;
-    for (int64_t g = 0; g < channels / group; g++) {
-        const FN(strip) left = FN(gather_group)(level, g, x, rows, gathered);
-        const FN(strip) right = FN(gather_group)(level, g, dy, rows, gathered + rows * group);
-        FN(gemm)(group, group, rows, left.data, 1, left.stride, right.data, right.stride, dblocks + g * group * group,
-                 group, accumulate);
+    const int64_t group = level->group, groups = channels / group;
+    const int vectors = accumulate ? FN(small_vectors)(level, rows) : 0;
+    if (vectors) {
+        const FN(strip) left = transpose ? dy : x, right = transpose ? x : dy;
+        if (dblocks && vectors == 1)
+            FN(gradient_one)(groups, left, right, dblocks);
+        else if (dblocks)
+            FN(gradient_two)(groups, left, right, dblocks);
+        if (dx)
+            FN(apply_level)(level, blocks_back, rows, channels, dy, dx, dx_stride, gathered);
+        return;
+    }
+    REAL *product = gathered + 2 * rows * group;
+    for (int64_t g = 0; g < groups; g++) {
+        const FN(strip) grad = FN(gather_group)(level, g, dy, rows, gathered);
+        const REAL *block = blocks_back + g * group * group;
+        if (dblocks) {
+            const FN(strip) in = FN(gather_group)(level, g, x, rows, gathered + rows * group);
+            const FN(strip) left = transpose ? grad : in, right = transpose ? in : grad;
+            FN(gemm)(group, group, rows, left.data, 1, left.stride, right.data, right.stride, dblocks + g * group * group,
+                     group, accumulate);
+        }
+        if (dx && level->runs == 1) {
+            FN(gemm)(rows, group, group, grad.data, grad.stride, 1, block, group, dx + g * group, dx_stride, 0);
+        } else if (dx) {
+            FN(gemm)(rows, group, group, grad.data, grad.stride, 1, block, group, product, group, 0);
+            FN(scatter_group)(level, g, product, rows, dx, dx_stride);
+        }
     }
 }
 
 /* Backward of a tile; `dblocks` (of the tile's split, or NULL) is added to if `accumulate`, else written. */
-VEC_FN void FN(rotate_backward_tile)(const boft_rotate_backward_args *args, int64_t row, int64_t rows, int64_t channel,
-                                     int64_t channels, REAL *dblocks, int accumulate, REAL *workspace)
+VEC_FN void FN(rotate_backward_tile)(const boft_rotate_backward_args *args, FN(lanes) *lanes, int64_t row, int64_t rows,
+                                     int64_t channel, int64_t channels, REAL *dblocks, int accumulate, REAL *workspace)
 {
     const boft_plan *plan = args->plan;
-    const int64_t size = BOFT_TILE_ROWS_BACKWARD * boft_tile_channels(plan), last = plan->levels - 1;
+    const int64_t size = boft_tile_rows(plan) * boft_tile_channels(plan), last = plan->levels - 1;
     REAL *inputs = workspace, *strips[2] = {inputs + plan->levels * size, inputs + (plan->levels + 1) * size};
     REAL *gathered = inputs + (plan->levels + 2) * size;
-    FN(strip) x[BOFT_MAX_LEVELS];
+    FN(strip) x[BOFT_MAX_LEVELS] = {{NULL, 0}};
     if (dblocks) {
         x[0] = FN(load_strip)(args->dtype, args->x, args->x_stride, row, rows, channel, channels, inputs);
         for (int64_t step = 0; step < last; step++) {
@@ -194,20 +330,22 @@ VEC_FN void FN(rotate_backward_tile)(const boft_rotate_backward_args *args, int6
     for (int64_t step = last; step >= 0; step--) {
         const boft_level *level = &plan->level[args->transpose ? step : last - step];
         const int64_t at = boft_tile_blocks(level, channel);
-        if (dblocks) /* for x R^T the gradient is of the untransposed blocks */
-            FN(block_gradients)(level, rows, channels, args->transpose ? dy : x[step], args->transpose ? x[step] : dy,
-                                dblocks + at, accumulate, gathered);
+        const int straight = step == 0 && FN(is_real)(args->dtype);
+        REAL *dx = straight ? (REAL *)args->dx : strips[(last - step) % 2];
         if (step == 0 && !args->dx)
+            dx = NULL;
+        else if (straight)
+            dx += row * args->dx_stride + channel;
+        const int64_t dx_stride = straight ? args->dx_stride : channels;
+        if (lanes->group)
+            FN(lanes_backward)(lanes, args->transpose, channel, rows, channels, x[0].data, x[0].stride, dy.data, dy.stride,
+                               dblocks != NULL, dx, dx_stride);
+        else
+            FN(level_backward)(level, args->transpose, (const REAL *)args->blocks_back + at, rows, channels, x[step], dy,
+                               dblocks ? dblocks + at : NULL, accumulate, dx, dx_stride, gathered);
+        if (!dx || straight)
             return;
-        const REAL *blocks = (const REAL *)args->blocks_back + at;
-        if (step == 0 && FN(is_real)(args->dtype)) {
-            FN(apply_level)(level, blocks, rows, channels, dy, (REAL *)args->dx + row * args->dx_stride + channel,
-                            args->dx_stride, gathered);
-            return;
-        }
-        REAL *out = strips[(last - step) % 2];
-        FN(apply_level)(level, blocks, rows, channels, dy, out, channels, gathered);
-        dy = (FN(strip)){out, channels};
+        dy = (FN(strip)){dx, channels};
     }
     FN(store_strip)(args->dtype, dy.data, args->dx, args->dx_stride, row, rows, channel, channels);
 }
@@ -216,18 +354,33 @@ VEC_ATTR static void FN(rotate_backward)(const boft_rotate_backward_args *args, 
                                          void *workspace)
 {
     const boft_plan *plan = args->plan;
-    const int64_t tile = boft_tile_channels(plan), across = boft_tiles_across(plan);
-    const int64_t splits = boft_rotate_backward_splits(plan, args->rows);
+    const int64_t tile = boft_tile_channels(plan), span = boft_span_channels(plan), across = boft_spans(plan);
+    const int64_t splits = boft_rotate_backward_splits(plan, args->rows), tall = boft_tile_rows(plan);
     for (int64_t task = begin; task < end; task++) {
-        const int64_t split = task / across, channel = task % across * tile;
-        const int64_t channels = boft_min(tile, plan->d - channel);
+        const int64_t split = task / across, channel = task % across * span;
+        const int64_t channels = boft_min(span, plan->d - channel);
         const int64_t first = args->rows * split / splits, past = args->rows * (split + 1) / splits;
         REAL *dblocks = args->dblocks ? (REAL *)args->dblocks + split * plan->count : NULL;
         for (int64_t i = 0; dblocks && first == past && i < plan->levels; i++)
             memset(dblocks + boft_tile_blocks(&plan->level[i], channel), 0,
                    (size_t)(channels * plan->level[i].group) * sizeof(REAL));
-        for (int64_t row = first; row < past; row += BOFT_TILE_ROWS_BACKWARD)
-            FN(rotate_backward_tile)(args, row, boft_min(BOFT_TILE_ROWS_BACKWARD, past - row), channel, channels, dblocks,
-                                     row > first, workspace);
+        if (first == past)
+            continue;
+        FN(lanes) lanes = FN(lanes_of)(plan, channel);
+        REAL *strips = workspace;
+        if (lanes.group) {
+            const int64_t size = FN(lanes_size)(&lanes, channels);
+            if (args->dx)
+                FN(lanes_pack)(&lanes, channels, args->blocks_back, strips);
+            lanes.gradients = strips + size;
+            memset(lanes.gradients, 0, (size_t)size * sizeof(REAL));
+            strips += 2 * size;
+        }
+        for (int64_t row = first; row < past; row += tall)
+            for (int64_t from = channel; from < channel + channels; from += tile)
+                FN(rotate_backward_tile)(args, &lanes, row, boft_min(tall, past - row), from,
+                                         boft_min(tile, channel + channels - from), dblocks, row > first, strips);
+        if (lanes.group && dblocks)
+            FN(lanes_unpack)(&lanes, channels, dblocks);
     }
 }

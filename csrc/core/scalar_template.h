@@ -255,46 +255,57 @@ static void FN(add_outer)(const boft_level *level, int64_t channels, const REAL 
     }
 }
 
+/* Backward of rows first ... past-1 of a tile; dblocks (of the split, or NULL) is added to. */
+static void FN(rotate_backward_tile)(const boft_rotate_backward_args *args, int64_t first, int64_t past, int64_t channel,
+                                     int64_t channels, REAL *dblocks, REAL *workspace)
+{
+    const boft_plan *plan = args->plan;
+    const int64_t tile = boft_tile_channels(plan), last = plan->levels - 1;
+    for (int64_t t = first; t < past; t++) {
+        REAL *inputs = workspace, *dy = inputs + plan->levels * tile, *dx = dy + tile;
+        for (int64_t j = 0; j < channels; j++) {
+            dy[j] = FN(load)(args->dtype, args->dy, t * args->dy_stride + channel + j);
+            if (dblocks)
+                inputs[j] = FN(load)(args->dtype, args->x, t * args->x_stride + channel + j);
+        }
+        for (int64_t step = 0; dblocks && step < last; step++) {
+            const boft_level *level = &plan->level[args->transpose ? step : last - step];
+            FN(apply_level)(level, (const REAL *)args->blocks + boft_tile_blocks(level, channel), channels,
+                            inputs + step * tile, inputs + (step + 1) * tile);
+        }
+        for (int64_t step = last; step >= 0; step--) {
+            const boft_level *level = &plan->level[args->transpose ? step : last - step];
+            const int64_t at = boft_tile_blocks(level, channel);
+            const REAL *x = inputs + step * tile;
+            if (dblocks) /* for x R^T the gradient is of the untransposed blocks */
+                FN(add_outer)(level, channels, args->transpose ? dy : x, args->transpose ? x : dy, dblocks + at);
+            if (step == 0 && !args->dx)
+                break;
+            FN(apply_level)(level, (const REAL *)args->blocks_back + at, channels, dy, dx);
+            REAL *swap = dy;
+            dy = dx;
+            dx = swap;
+        }
+        for (int64_t j = 0; args->dx && j < channels; j++)
+            FN(store)(args->dtype, args->dx, t * args->dx_stride + channel + j, dy[j]);
+    }
+}
+
 static void FN(rotate_backward)(const boft_rotate_backward_args *args, int64_t begin, int64_t end, void *workspace)
 {
     const boft_plan *plan = args->plan;
-    const int64_t tile = boft_tile_channels(plan), across = boft_tiles_across(plan);
-    const int64_t splits = boft_rotate_backward_splits(plan, args->rows), last = plan->levels - 1;
+    const int64_t tile = boft_tile_channels(plan), span = boft_span_channels(plan), across = boft_spans(plan);
+    const int64_t splits = boft_rotate_backward_splits(plan, args->rows);
     for (int64_t task = begin; task < end; task++) {
-        const int64_t split = task / across, channel = task % across * tile;
-        const int64_t channels = boft_min(tile, plan->d - channel);
+        const int64_t split = task / across, channel = task % across * span;
+        const int64_t past = boft_min(channel + span, plan->d);
         REAL *dblocks = args->dblocks ? (REAL *)args->dblocks + split * plan->count : NULL;
         for (int64_t i = 0; dblocks && i < plan->levels; i++)
             memset(dblocks + boft_tile_blocks(&plan->level[i], channel), 0,
-                   (size_t)(channels * plan->level[i].group) * sizeof(REAL));
-        for (int64_t t = args->rows * split / splits; t < args->rows * (split + 1) / splits; t++) {
-            REAL *inputs = (REAL *)workspace, *dy = inputs + plan->levels * tile, *dx = dy + tile;
-            for (int64_t j = 0; j < channels; j++) {
-                dy[j] = FN(load)(args->dtype, args->dy, t * args->dy_stride + channel + j);
-                if (dblocks)
-                    inputs[j] = FN(load)(args->dtype, args->x, t * args->x_stride + channel + j);
-            }
-            for (int64_t step = 0; dblocks && step < last; step++) {
-                const boft_level *level = &plan->level[args->transpose ? step : last - step];
-                FN(apply_level)(level, (const REAL *)args->blocks + boft_tile_blocks(level, channel), channels,
-                                inputs + step * tile, inputs + (step + 1) * tile);
-            }
-            for (int64_t step = last; step >= 0; step--) {
-                const boft_level *level = &plan->level[args->transpose ? step : last - step];
-                const int64_t at = boft_tile_blocks(level, channel);
-                const REAL *x = inputs + step * tile;
-                if (dblocks) /* for x R^T the gradient is of the untransposed blocks */
-                    FN(add_outer)(level, channels, args->transpose ? dy : x, args->transpose ? x : dy, dblocks + at);
-                if (step == 0 && !args->dx)
-                    break;
-                FN(apply_level)(level, (const REAL *)args->blocks_back + at, channels, dy, dx);
-                REAL *swap = dy;
-                dy = dx;
-                dx = swap;
-            }
-            for (int64_t j = 0; args->dx && j < channels; j++)
-                FN(store)(args->dtype, args->dx, t * args->dx_stride + channel + j, dy[j]);
-        }
+                   (size_t)((past - channel) * plan->level[i].group) * sizeof(REAL));
+        for (int64_t from = channel; from < past; from += tile)
+            FN(rotate_backward_tile)(args, args->rows * split / splits, args->rows * (split + 1) / splits, from,
+                                     boft_min(tile, past - from), dblocks, workspace);
     }
 }
 

@@ -42,6 +42,20 @@ VEC_FN vec_double add_double(vec_double a, vec_double b) { return _mm256_add_pd(
 VEC_FN vec_double sub_double(vec_double a, vec_double b) { return _mm256_sub_pd(a, b); }
 VEC_FN vec_double mul_double(vec_double a, vec_double b) { return _mm256_mul_pd(a, b); }
 
+typedef __m256i index_float;
+typedef __m256i index_double; /* pairs of 32-bit lanes */
+VEC_FN index_float load_index_float(const int32_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
+VEC_FN index_double load_index_double(const int32_t *p)
+{
+    const __m256i pairs = _mm256_slli_epi64(_mm256_cvtepi32_epi64(_mm_loadu_si128((const __m128i *)p)), 1);
+    return _mm256_or_si256(_mm256_or_si256(pairs, _mm256_slli_epi64(pairs, 32)), _mm256_set1_epi64x((int64_t)1 << 32));
+}
+VEC_FN vec_float permute_float(vec_float a, index_float from) { return _mm256_permutevar8x32_ps(a, from); }
+VEC_FN vec_double permute_double(vec_double a, index_double from)
+{
+    return _mm256_castps_pd(_mm256_permutevar8x32_ps(_mm256_castpd_ps(a), from));
+}
+
 /* 16-bit values have no masked moves before AVX-512: the first n go through a buffer. */
 VEC_FN __m128i loadn_16(const uint16_t *p, int64_t n)
 {

@@ -1,14 +1,20 @@
 /*
  * Vectors of AVX-512 (F, BW, DQ, VL). The names that every vec_*.h gives: for T = float and double, the type vec_T of
  * VEC_LANES_T lanes, and zero, set1, load, store, loadn, storen (the first n lanes, others zero), fma (a b + c), add,
- * sub, mul, each with suffix _T; for 16-bit data, load, loadn, store and storen with suffixes _bf16 and _f16 that
- * convert VEC_LANES_float values from and to vec_float. Included once, by the isa_*.c of the same name.
+ * sub, mul, each with suffix _T; the type index_T of lane numbers with load_index and permute (lane i of the result is lane
+ * from[i]); for 16-bit data, load, loadn, store and storen with suffixes _bf16 and _f16 that
+ * convert VEC_LANES_float values from and to vec_float. Included once in a source, by isa_avx512.c
+ * and, with VEC_NATIVE_BF16 defined, by isa_avx512bf16.c.
  */
 #include "convert.h"
 
 #include <immintrin.h>
 
+#ifdef VEC_NATIVE_BF16
+#define VEC_ATTR __attribute__((target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
+#else
 #define VEC_ATTR __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
+#endif
 #define VEC_FN static inline __attribute__((always_inline)) VEC_ATTR
 enum { VEC_LANES_float = 16, VEC_LANES_double = 8, VEC_TILE_ROWS_WIDE = 8 };
 typedef __m512 vec_float;
@@ -47,20 +53,43 @@ VEC_FN vec_double add_double(vec_double a, vec_double b) { return _mm512_add_pd(
 VEC_FN vec_double sub_double(vec_double a, vec_double b) { return _mm512_sub_pd(a, b); }
 VEC_FN vec_double mul_double(vec_double a, vec_double b) { return _mm512_mul_pd(a, b); }
 
+typedef __m512i index_float;
+typedef __m512i index_double;
+VEC_FN index_float load_index_float(const int32_t *p) { return _mm512_loadu_si512(p); }
+VEC_FN index_double load_index_double(const int32_t *p)
+{
+    return _mm512_cvtepi32_epi64(_mm256_loadu_si256((const __m256i *)p));
+}
+VEC_FN vec_float permute_float(vec_float a, index_float from) { return _mm512_permutexvar_ps(from, a); }
+VEC_FN vec_double permute_double(vec_double a, index_double from) { return _mm512_permutexvar_pd(from, a); }
+
 VEC_FN vec_float widen_bf16(__m256i a)
 {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(a), 16));
 }
 
+VEC_FN __m256i round_bf16(vec_float a)
+{
+    const __m512i bits = _mm512_castps_si512(a), half = _mm512_set1_epi32(0x7fff);
+    const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(1 << 16));
+    const __mmask16 ordered = _mm512_cmp_ps_mask(a, a, _CMP_ORD_Q);
+    const __m512i below = _mm512_add_epi32(bits, half);
+    const __m512i rounded = _mm512_mask_add_epi32(below, odd, below, _mm512_set1_epi32(1));
+    return _mm512_cvtepi32_epi16(_mm512_mask_srli_epi32(_mm512_set1_epi32(0x7fc0), ordered, rounded, 16));
+}
+
+#ifdef VEC_NATIVE_BF16
+/* The instruction flushes subnormal numbers to zero and keeps the payloads of NaN: vectors with either are rounded by hand. */
 VEC_FN __m256i narrow_bf16(vec_float a)
 {
-    __m512i bits = _mm512_castps_si512(a);
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
-    __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
-    rounded = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0));
-    return _mm512_cvtepi32_epi16(rounded);
+    enum { QUIET_NAN = 0x01, SUBNORMAL = 0x20, SIGNALLING_NAN = 0x80 };
+    if (__builtin_expect(_mm512_fpclass_ps_mask(a, QUIET_NAN | SUBNORMAL | SIGNALLING_NAN) != 0, 0))
+        return round_bf16(a);
+    return (__m256i)_mm512_cvtneps_pbh(a);
 }
+#else
+VEC_FN __m256i narrow_bf16(vec_float a) { return round_bf16(a); }
+#endif
 
 VEC_FN vec_float load_bf16(const uint16_t *p) { return widen_bf16(_mm256_loadu_si256((const __m256i *)p)); }
 VEC_FN vec_float loadn_bf16(const uint16_t *p, int64_t n)

@@ -31,6 +31,21 @@ VEC_PORTABLE(float)
 VEC_PORTABLE(double)
 #undef VEC_PORTABLE
 
+#define VEC_PORTABLE_PERMUTE(T)                                                                                        \
+    typedef const int32_t *index_##T;                                                                                  \
+    VEC_FN index_##T load_index_##T(const int32_t *p) { return p; }                                                    \
+    VEC_FN vec_##T permute_##T(vec_##T a, index_##T from)                                                              \
+    {                                                                                                                  \
+        vec_##T out = a;                                                                                               \
+        for (int i = 0; i < VEC_LANES_##T; i++)                                                                        \
+            out[i] = a[from[i]];                                                                                       \
+        return out;                                                                                                    \
+    }
+
+VEC_PORTABLE_PERMUTE(float)
+VEC_PORTABLE_PERMUTE(double)
+#undef VEC_PORTABLE_PERMUTE
+
 #define VEC_PORTABLE_16(S)                                                                                             \
     VEC_FN vec_float loadn_##S(const uint16_t *p, int64_t n)                                                           \
     {                                                                                                                  \

@@ -56,8 +56,8 @@ BOFT_API const char *boft_last_error(void);
 /* ---- Choice of kernels ------------------------------------------------------------------------------------------ */
 
 /*
- * The variants this build knows, best first, by index from 0: "avx512", "avx2", "portable", "scalar"; NULL past the
- * end. "scalar" is the reference that all others are tested against; "portable" uses compiler vectors and no x86 header.
+ * The variants this build knows, best first, by index from 0: "avx512bf16", "avx512", "avx2", "portable", "scalar";
+ * NULL past the end. "scalar" is the reference that all others are tested against; "portable" uses compiler vectors and no x86 header.
  */
 BOFT_API const char *boft_cpu_variant(int index);
 

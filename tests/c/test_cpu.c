@@ -19,7 +19,7 @@ static const char *best_supported(void)
 static void test_names(void)
 {
 #if defined(__x86_64__) && !defined(BOFT_PORTABLE)
-    const char *const wanted[] = {"avx512", "avx2", "portable", "scalar"};
+    const char *const wanted[] = {"avx512bf16", "avx512", "avx2", "portable", "scalar"};
 #else
     const char *const wanted[] = {"portable", "scalar"};
 #endif
@@ -44,6 +44,8 @@ static void test_support(void)
     const int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     EXPECT(boft_cpu_supported("avx2") == (avx2 != 0), "avx2: %d", boft_cpu_supported("avx2"));
+    const int avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    EXPECT(boft_cpu_supported("avx512bf16") == (avx512bf16 != 0), "avx512bf16: %d", boft_cpu_supported("avx512bf16"));
     EXPECT(boft_cpu_supported("avx512") == (avx512 != 0), "avx512: %d", boft_cpu_supported("avx512"));
 #else
     EXPECT(boft_cpu_supported("avx2") == 0, "a portable build has avx2");

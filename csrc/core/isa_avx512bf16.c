@@ -1,0 +1,11 @@
+/* Kernels of the variant "avx512bf16": those of "avx512", rounding to bfloat16 by the processor's own instruction. */
+#include "kernels.h"
+
+#ifdef BOFT_X86
+#define VEC_NATIVE_BF16
+#include "vec_avx512.h"
+
+#define KERNELS boft_kernels_avx512bf16
+#define KERNELS_NAME "avx512bf16"
+#include "variant_template.h"
+#endif
