@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from . import _C
+
 
 class _Entry(NamedTuple):
     """Immutable, so that a thread that read it can go on using it while another replaces it."""
@@ -27,12 +29,17 @@ _entries: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def cached_blocks(boft_R: Tensor, dtype: torch.dtype) -> Tensor:
     """The collapsed blocks of `boft_R` in `dtype` (float32 or float64), without gradient.
 
+    On the CPU the compiled module keeps them (csrc/torch/inference.cpp), for other devices this one.
+
     Args:
         boft_R: ``(m, D, b, b)``, any floating dtype.
 
     Returns: the vector of ``torch.ops.boft.blocks``; read-only, shared between calls. Thread-safe: concurrent first
     calls may compute the same blocks twice.
     """
+    compiled = _C.cached_blocks(boft_R, dtype == torch.float64)
+    if compiled is not None:
+        return compiled
     entry = _entries.get(boft_R)
     if entry is None or entry.blocks.dtype != dtype or not _same_bytes(entry.parameter, boft_R):
         # A tensor made in inference mode could never be saved for a later backward.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import _C
 from . import ops  # noqa: F401  (registers torch.ops.boft)
 from .blocks_cache import cached_blocks
 from .reference import accumulate_dtype
@@ -86,6 +87,10 @@ def rotate(
 
     Returns: a new tensor of the shape and dtype of `x` (under autocast: the autocast dtype).
     """
+    if keep is None and not torch.compiler.is_compiling() and not torch.is_grad_enabled() and type(x) is Tensor:
+        y = _C.rotate_now(x, boft_R, transpose)
+        if y is not None:
+            return y
     m, _, b, _ = boft_R.shape if boft_R.dim() == 4 else (0, 0, 0, 0)
     dtype = x.dtype
     return torch.ops.boft.rotate(x, blocks(boft_R, dtype, keep), b, m, transpose)
@@ -100,6 +105,10 @@ def scale(z: Tensor, boft_s: Tensor, bias: Tensor | None = None, *, bias_detache
 
     Returns: a new tensor of the shape and dtype of `z`. Saves `z` for backward only when `boft_s` needs a gradient.
     """
+    if not torch.compiler.is_compiling() and not torch.is_grad_enabled() and type(z) is Tensor:
+        out = _C.scale_now(z, boft_s, bias)
+        if out is not None:
+            return out
     return torch.ops.boft.scale(z, boft_s, bias, bias_detached)
 
 

@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <optional>
 #include <string>
@@ -55,6 +56,12 @@ void use_cpu_kernels(bool use) {
   boft::register_scale_cpu(*library);
 }
 
+}  // namespace
+
+bool boft::cpu_kernels_in_use() { return cpu_kernels().has_value(); }
+
+namespace {
+
 std::vector<std::pair<int64_t, int64_t>> levels(int64_t d, int64_t b, int64_t m) {
   const boft_plan plan = boft::make_plan(d, b, m);
   std::vector<std::pair<int64_t, int64_t>> out;
@@ -77,7 +84,10 @@ void select_cpu_variant(const std::optional<std::string>& name) {
 
 PYBIND11_MODULE(_C, module) {
   module.def("use_cpu_kernels", use_cpu_kernels, "Register (True) or withdraw (False) the CPU kernels. Idempotent.");
-  module.def("cpu_kernels_in_use", [] { return cpu_kernels().has_value(); });
+  module.def("cpu_kernels_in_use", boft::cpu_kernels_in_use);
+  module.def("cached_blocks", boft::cached_blocks, "csrc/torch/ops.h says what these three do; None where they cannot.");
+  module.def("rotate_now", boft::rotate_now);
+  module.def("scale_now", boft::scale_now);
   module.def("levels", levels, "(first, factors) of each level for (d, b, m), lowest first; ValueError if invalid.");
   module.def("cpu_variants", cpu_variants, "The kernel variants that this processor can run, best first.");
   module.def("cpu_variant", [] { return std::string(boft_cpu_name()); }, "The kernel variant in use.");

@@ -1,7 +1,10 @@
-// The operators on the CPU and their registration by room: blocks.cpp, rotate.cpp and scale.cpp.
+// The operators on the CPU and their registration by room: blocks.cpp, rotate.cpp and scale.cpp;
+// and calls around the dispatcher: inference.cpp.
 #pragma once
 
 #include <torch/library.h>
+
+#include <optional>
 
 namespace boft {
 
@@ -9,5 +12,22 @@ namespace boft {
 void register_blocks_cpu(torch::Library& library);
 void register_rotate_cpu(torch::Library& library);
 void register_scale_cpu(torch::Library& library);
+
+// The CPU kernels of the operators of the same names.
+at::Tensor rotate_cpu(const at::Tensor& x, const at::Tensor& blocks, int64_t b, int64_t m, bool transpose);
+at::Tensor scale_cpu(const at::Tensor& z, const at::Tensor& s, const std::optional<at::Tensor>& bias, bool bias_detached);
+
+bool cpu_kernels_in_use();
+
+// Without gradients, and without the dispatcher: nothing if a tensor is not an ordinary one on the CPU, or if autocast,
+// a mode, a transform or a tracer is active, so that the operators must be called as usual. Thread-safe.
+
+// The collapsed blocks of boft_R (m, d / b, b, b) in float64 (`wide`) or float32, reused as long as boft_R holds the same
+// bytes and lives. Read-only.
+std::optional<at::Tensor> cached_blocks(const at::Tensor& boft_R, bool wide);
+
+// x R or x R^T with cached blocks; z s + bias (1 - s).
+std::optional<at::Tensor> rotate_now(const at::Tensor& x, const at::Tensor& boft_R, bool transpose);
+std::optional<at::Tensor> scale_now(const at::Tensor& z, const at::Tensor& s, const std::optional<at::Tensor>& bias);
 
 }  // namespace boft

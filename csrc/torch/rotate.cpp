@@ -45,6 +45,8 @@ Tensor transposed(const boft_plan& plan, boft_dtype real, const Tensor& blocks) 
   return out;
 }
 
+}  // namespace
+
 Tensor rotate_cpu(const Tensor& x, const Tensor& blocks_any, int64_t b, int64_t m, bool transpose) {
   const boft_dtype dtype = data_dtype(x, "x"), real = dtype == BOFT_F64 ? BOFT_F64 : BOFT_F32;
   const boft_plan plan = plan_of(x, b, m);
@@ -59,6 +61,8 @@ Tensor rotate_cpu(const Tensor& x, const Tensor& blocks_any, int64_t b, int64_t 
            [&](int64_t begin, int64_t end, void* ws) { return boft_rotate(&args, begin, end, ws); });
   return y;
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor> rotate_backward_cpu(const Tensor& dy, const Tensor& x, const Tensor& blocks_any, int64_t b,
                                                int64_t m, bool transpose, bool need_x, bool need_blocks) {

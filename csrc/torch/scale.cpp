@@ -17,7 +17,8 @@ Tensor real_vector(const Tensor& values, int64_t n, at::ScalarType real, const c
   TORCH_CHECK_VALUE(values.numel() == n, "scale: ", n, " outputs need ", n, " values of ", what, ", got ",
                     values.sizes());
   TORCH_CHECK_TYPE(values.is_floating_point(), "scale: ", what, " is ", values.scalar_type());
-  return values.reshape({n}).to(real).contiguous();
+  // Only its data is read, so a vector that is right already is not reshaped.
+  return values.scalar_type() == real && values.is_contiguous() ? values : values.reshape({n}).to(real).contiguous();
 }
 
 int64_t outputs_of(const Tensor& z) {
@@ -35,6 +36,8 @@ Tensor sum_splits(const Tensor& parts, boft_dtype real, const Tensor& like) {
   return sum.to(like.scalar_type()).view(like.sizes());
 }
 
+}  // namespace
+
 // bias_detached matters to the backward only.
 Tensor scale_cpu(const Tensor& z, const Tensor& s, const std::optional<Tensor>& bias, bool) {
   const boft_dtype dtype = data_dtype(z, "z");
@@ -50,6 +53,8 @@ Tensor scale_cpu(const Tensor& z, const Tensor& s, const std::optional<Tensor>& 
            [&](int64_t begin, int64_t end, void*) { return boft_scale(&args, begin, end); });
   return out;
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor, Tensor> scale_backward_cpu(const Tensor& dy, const std::optional<Tensor>& z, const Tensor& s,
                                                       const std::optional<Tensor>& bias, bool bias_detached,
