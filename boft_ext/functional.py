@@ -154,11 +154,27 @@ def rotate_weight(
     Returns: a new contiguous tensor of the shape and dtype of `weight`, rounded once.
     """
     with torch.autocast(weight.device.type, enabled=False):
-        flat = weight.reshape(weight.shape[0], -1).to(accumulate_dtype(weight.dtype))
-        rotated = _rotate_rows(flat, boft_R, groups, keep, transpose=True)
-        if boft_s is not None:
-            rotated = rotated * boft_s.reshape(-1, 1).to(rotated.dtype)
-        return rotated.to(weight.dtype).view(weight.shape)
+        flat = weight.reshape(weight.shape[0], -1)
+        if groups != 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return _merged_rows(flat, boft_R, boft_s, groups, keep).to(weight.dtype).view(weight.shape)
+        out = torch.empty_like(flat) if weight.device.type != "cpu" else _C.empty_contiguous(flat)
+        scales = None if boft_s is None else boft_s.reshape(-1, 1)
+        for first in range(0, flat.shape[0], rows := max(1, _MERGE_ELEMENTS // max(1, flat.shape[1]))):
+            part = slice(first, first + rows)
+            s = None if scales is None else scales[part]
+            out[part] = _merged_rows(flat[part], boft_R, s, 1, keep)
+        return out.view(weight.shape)
+
+
+# A merge works on this many elements at a time, so that what it computes in between stays in cache: 16-bit weights are
+# widened first, and fresh memory for 64 MiB costs as much as rotating them.
+_MERGE_ELEMENTS = 1 << 19
+
+
+def _merged_rows(flat: Tensor, boft_R: Tensor, boft_s: Tensor | None, groups: int, keep: Tensor | None) -> Tensor:
+    """``diag(s) W R^T`` of a flattened weight in the dtype of the arithmetic."""
+    rotated = _rotate_rows(flat.to(accumulate_dtype(flat.dtype)), boft_R, groups, keep, transpose=True)
+    return rotated if boft_s is None else rotated * boft_s.reshape(-1, 1).to(rotated.dtype)
 
 
 def unrotate_weight(weight: Tensor, boft_R: Tensor, boft_s: Tensor | None = None, *, groups: int = 1) -> Tensor:

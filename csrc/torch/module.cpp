@@ -85,6 +85,7 @@ void select_cpu_variant(const std::optional<std::string>& name) {
 PYBIND11_MODULE(_C, module) {
   module.def("use_cpu_kernels", use_cpu_kernels, "Register (True) or withdraw (False) the CPU kernels. Idempotent.");
   module.def("cpu_kernels_in_use", boft::cpu_kernels_in_use);
+  module.def("empty_contiguous", boft::empty_contiguous, "An uninitialised contiguous tensor like another one on the CPU.");
   module.def("cached_blocks", boft::cached_blocks, "csrc/torch/ops.h says what these three do; None where they cannot.");
   module.def("rotate_now", boft::rotate_now);
   module.def("scale_now", boft::scale_now);
