@@ -22,21 +22,41 @@ def seconds(step: Step) -> float:
     return time.perf_counter() - start
 
 
-def medians_in_turns(steps: Mapping[str, Step], rounds: int) -> dict[str, float]:
-    """Median seconds of each step over `rounds` rounds, in each of which every step runs once.
+def samples_in_turns(
+    steps: Mapping[str, Step],
+    rounds: int,
+    budget_s: float = 0.0,
+    before: Mapping[str, Step] | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of each step over at least `rounds` rounds, and until `budget_s` have passed; in a round every step runs once.
 
     Taking turns spreads whatever else the machine does over all of them alike. Each round starts with another step, so
-    that none always follows the same neighbour; one round before is not counted.
+    that none always follows the same neighbour; one call before is not counted. ``before[name]()`` runs right before a
+    step, outside its time.
     """
     names = list(steps)
+    before = before or {}
     times: dict[str, list[float]] = {name: [] for name in names}
+
+    def timed(name: str) -> float:
+        if name in before:
+            before[name]()
+        return seconds(steps[name])
+
     for name in names:
-        steps[name]()
-    for turn in range(rounds):
+        timed(name)
+    end, turn = time.perf_counter() + budget_s, 0
+    while turn < rounds or time.perf_counter() < end:
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            times[name].append(seconds(steps[name]))
-    return {name: statistics.median(values) for name, values in times.items()}
+            times[name].append(timed(name))
+        turn += 1
+    return times
+
+
+def medians_in_turns(steps: Mapping[str, Step], rounds: int) -> dict[str, float]:
+    """Median seconds of each step over `rounds` rounds taken in turns."""
+    return {name: statistics.median(values) for name, values in samples_in_turns(steps, rounds).items()}
 
 
 def peak_bytes(step: Step, alive: Iterable[Tensor]) -> int:
