@@ -9,6 +9,7 @@ from .config import BOFTConfig
 from .info import build_info
 from .nn import BOFTConv2d, BOFTLinear
 from .peft_swap import patch_peft, peft_is_patched, unpatch_peft
+from .saved import saved_activations, set_saved_activations
 
 __all__ = [
     "BOFTConfig",
@@ -20,6 +21,8 @@ __all__ = [
     "patch_peft",
     "peft_is_patched",
     "save_adapter",
+    "saved_activations",
+    "set_saved_activations",
     "unpatch_peft",
     "wrap",
 ]

@@ -74,8 +74,8 @@ def blocks_backward(dblocks: Tensor, q: Tensor, keep: Tensor | None) -> Tensor:
 
 
 @_form
-def rotate(x: Tensor, blocks: Tensor, b: int, m: int, transpose: bool) -> Tensor:
-    """`boft::rotate` for any device."""
+def rotate(x: Tensor, blocks: Tensor, b: int, m: int, transpose: bool, compact: bool = False) -> Tensor:
+    """`boft::rotate` for any device. `compact` concerns the autograd formula alone."""
     _check_data("rotate: x", x)
     levels = _C.levels(x.shape[-1], b, m)
     _check_blocks(x, blocks, b, levels)
@@ -101,8 +101,8 @@ def rotate_backward(
 
 
 @_form
-def scale(z: Tensor, s: Tensor, bias: Tensor | None, bias_detached: bool) -> Tensor:
-    """`boft::scale` for any device."""
+def scale(z: Tensor, s: Tensor, bias: Tensor | None, bias_detached: bool, compact: bool = False) -> Tensor:
+    """`boft::scale` for any device. `compact` concerns the autograd formula alone."""
     _check_scale(z, s, bias)
     return ref.scale(z, s.flatten(), bias).contiguous()
 

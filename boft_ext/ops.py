@@ -83,7 +83,7 @@ def _(dblocks: Tensor, q: Tensor, keep: Tensor | None) -> Tensor:
 
 
 @torch.library.register_fake("boft::rotate")
-def _(x: Tensor, blocks: Tensor, b: int, m: int, transpose: bool) -> Tensor:
+def _(x: Tensor, blocks: Tensor, b: int, m: int, transpose: bool, compact: bool = False) -> Tensor:
     if blocks.dtype != accumulate_dtype(x.dtype):
         raise TypeError(f"rotate: {x.dtype} data needs {accumulate_dtype(x.dtype)} blocks, got {blocks.dtype}")
     return x.new_empty(x.shape)
@@ -96,8 +96,27 @@ def _(
     return dy.new_empty(dy.shape if need_x else (0,)), blocks.new_empty(blocks.shape if need_blocks else (0,))
 
 
+@torch.library.register_fake("boft::pack")
+def _(x: Tensor, bits: int) -> Tensor:
+    n = x.shape[-1]
+    rows = 1
+    for size in x.shape[:-1]:
+        rows = rows * size
+    full, rest = n // 64, n % 64
+    # A block of 64 values, or the rest of them, has a scale of two bytes.
+    row_bytes = full * (2 + 8 * bits) + (rest * bits + 7) // 8 + 2 * ((rest + 63) // 64)
+    return x.new_empty((rows, row_bytes), dtype=torch.uint8)
+
+
+@torch.library.register_fake("boft::rotate_backward_packed")
+def _(
+    dy: Tensor, packed: Tensor, blocks: Tensor, b: int, m: int, transpose: bool, need_x: bool
+) -> tuple[Tensor, Tensor]:
+    return dy.new_empty(dy.shape if need_x else (0,)), blocks.new_empty(blocks.shape)
+
+
 @torch.library.register_fake("boft::scale")
-def _(z: Tensor, s: Tensor, bias: Tensor | None, bias_detached: bool) -> Tensor:
+def _(z: Tensor, s: Tensor, bias: Tensor | None, bias_detached: bool, compact: bool = False) -> Tensor:
     return z.new_empty(z.shape)
 
 
@@ -115,3 +134,12 @@ def _(
     none = dy.new_empty((0, dy.shape[-1]), dtype=accumulate_dtype(dy.dtype))
     dz = dy.new_empty(dy.shape if need_z else (0,))
     return dz, s.new_empty(s.shape) if need_s else none, bias.new_empty(bias.shape) if need_bias else none
+
+
+@torch.library.register_fake("boft::scale_backward_packed")
+def _(
+    dy: Tensor, packed: Tensor, s: Tensor, bias: Tensor | None, bias_detached: bool, need_z: bool, need_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    none = dy.new_empty((0, dy.shape[-1]), dtype=accumulate_dtype(dy.dtype))
+    dz = dy.new_empty(dy.shape if need_z else (0,))
+    return dz, s.new_empty(s.shape), bias.new_empty(bias.shape) if need_bias else none

@@ -243,6 +243,24 @@ BOFT_API int64_t boft_scale_backward_splits(int64_t rows);
 /* Splits begin ... end-1 of ds and dbias and the rows of dz that belong to them. */
 BOFT_API boft_status boft_scale_backward(const boft_scale_backward_args *args, int64_t begin, int64_t end);
 
+/* ---- Pack: rows kept for backward in 4 or 8 bits per value --------------------------------------------------------- */
+
+/* Bytes of a packed row of n >= 0 values, bits 4 or 8: 64 values (the last ones: fewer) share a 16-bit scale. */
+BOFT_API size_t boft_pack_bytes(int64_t n, int bits);
+
+/*
+ * Packs rows begin ... end-1 of x (T, n), `stride` >= 0 apart, into rows of boft_pack_bytes(n, bits) bytes one after
+ * the other. Values become multiples of a scale s, |v - unpacked| <= s / 2 with s <= (1 + 2^-7) max|v| / 7 (127 for 8
+ * bits), max over the values that share it, but s >= 2^-133; nearest even, so equal rows give equal bytes everywhere.
+ * A NaN, an infinity or a float64 beyond float32's range makes the values that share its scale NaN.
+ */
+BOFT_API boft_status boft_pack(boft_dtype dtype, int bits, int64_t rows, int64_t n, const void *x, int64_t stride,
+                               void *packed, int64_t begin, int64_t end);
+
+/* Rows begin ... end-1 of x (T, n), `stride` >= n apart, from packed rows; rounded once to a 16-bit dtype. */
+BOFT_API boft_status boft_unpack(boft_dtype dtype, int bits, int64_t rows, int64_t n, const void *packed, void *x,
+                                 int64_t stride, int64_t begin, int64_t end);
+
 #ifdef __cplusplus
 }
 #endif

@@ -1,6 +1,7 @@
 #include "common.h"
 
 #include <ATen/ops/empty.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -37,6 +38,16 @@ boft_plan make_plan(int64_t d, int64_t b, int64_t m) {
   boft_plan plan;
   check(boft_plan_make(d, b, m, &plan));
   return plan;
+}
+
+bool is_plain(const at::Tensor& tensor) {
+  using c10::DispatchKey;
+  using c10::DispatchKeySet;
+  constexpr DispatchKeySet quiet({DispatchKey::CPU, DispatchKey::ADInplaceOrView, DispatchKey::AutogradCPU,
+                                  DispatchKey::BackendSelect});
+  const c10::impl::LocalDispatchKeySet local = c10::impl::tls_local_dispatch_key_set();
+  const DispatchKeySet active = (tensor.key_set() | local.included_) - local.excluded_;
+  return (active.raw_repr() & ~quiet.raw_repr()) == 0 && tensor.layout() == at::kStrided;
 }
 
 Rows::Rows(const at::Tensor& any) : tensor(any) {

@@ -23,6 +23,10 @@ at::ScalarType real_dtype(at::ScalarType data);
 // The plan for (d, b, m); ValueError if there is none.
 boft_plan make_plan(int64_t d, int64_t b, int64_t m);
 
+// Whether an operator called with this tensor would reach the CPU kernel with no other key in between that acts:
+// autocast, functorch, tracing, modes and subclasses in Python all show in one of the two sets.
+bool is_plain(const at::Tensor& tensor);
+
 // `tensor` as rows of its last axis: contiguous columns and one row stride, copied only where strides demand it.
 struct Rows {
   at::Tensor tensor;

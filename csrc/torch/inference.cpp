@@ -5,7 +5,6 @@
 
 #include <ATen/ops/empty.h>
 #include <c10/core/InferenceMode.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/intrusive_ptr.h>
 
 #include <atomic>
@@ -18,18 +17,6 @@ namespace boft {
 namespace {
 
 using at::Tensor;
-using c10::DispatchKey;
-using c10::DispatchKeySet;
-
-// Whether an operator called with this tensor would reach the CPU kernel with no other key in between that acts:
-// autocast, functorch, tracing, modes and subclasses in Python all show in one of the two sets.
-bool is_plain(const Tensor& tensor) {
-  constexpr DispatchKeySet quiet({DispatchKey::CPU, DispatchKey::ADInplaceOrView, DispatchKey::AutogradCPU,
-                                  DispatchKey::BackendSelect});
-  const c10::impl::LocalDispatchKeySet local = c10::impl::tls_local_dispatch_key_set();
-  const DispatchKeySet active = (tensor.key_set() | local.included_) - local.excluded_;
-  return (active.raw_repr() & ~quiet.raw_repr()) == 0 && tensor.layout() == at::kStrided;
-}
 
 // The bytes of a parameter and the blocks made from them. Immutable, so that a thread can go on using what it found.
 struct Entry {

@@ -18,23 +18,35 @@ TORCH_LIBRARY(boft, library) {
   // boft_R (m, d / b, b, b), keep (m, d / b) bool -> blocks of all levels, and Q of boft_R's shape (empty for m = 1).
   library.def("blocks(Tensor boft_R, Tensor? keep) -> (Tensor blocks, Tensor q)");
   library.def("blocks_backward(Tensor dblocks, Tensor q, Tensor? keep) -> Tensor");
-  // x (..., d) -> x R, or x R^T. Gradients that are not needed come back empty.
-  library.def("rotate(Tensor x, Tensor blocks, int b, int m, bool transpose) -> Tensor");
+  // x (..., d) -> x R, or x R^T. With compact, x is kept for backward in 8 bits per value. Gradients that are not needed come back empty.
+  library.def("rotate(Tensor x, Tensor blocks, int b, int m, bool transpose, bool compact=False) -> Tensor");
   library.def(
       "rotate_backward(Tensor dy, Tensor x, Tensor blocks, int b, int m, bool transpose, bool need_x, bool need_blocks) "
       "-> (Tensor dx, Tensor dblocks)");
-  // z (..., n) -> z s + bias (1 - s). With bias_detached, z holds the bias without its gradient.
-  library.def("scale(Tensor z, Tensor s, Tensor? bias, bool bias_detached) -> Tensor");
+  library.def(
+      "rotate_backward_packed(Tensor dy, Tensor packed, Tensor blocks, int b, int m, bool transpose, bool need_x) "
+      "-> (Tensor dx, Tensor dblocks)");
+  // z (..., n) -> z s + bias (1 - s). With bias_detached, z holds the bias without its gradient; with compact, it
+  // is kept for backward in 4 bits per value.
+  library.def("scale(Tensor z, Tensor s, Tensor? bias, bool bias_detached, bool compact=False) -> Tensor");
   library.def(
       "scale_backward(Tensor dy, Tensor? z, Tensor s, Tensor? bias, bool bias_detached, bool need_z, bool need_s, "
       "bool need_bias) -> (Tensor dz, Tensor ds, Tensor dbias)");
+  library.def(
+      "scale_backward_packed(Tensor dy, Tensor packed, Tensor s, Tensor? bias, bool bias_detached, bool need_z, "
+      "bool need_bias) -> (Tensor dz, Tensor ds, Tensor dbias)");
+  // x (..., n) -> its rows packed (rows, boft_pack_bytes(n, bits)); bits 4 or 8.
+  library.def("pack(Tensor x, int bits) -> Tensor");
 }
 
 // A second derivative is refused rather than silently wrong.
 TORCH_LIBRARY_IMPL(boft, Autograd, library) {
   library.impl("blocks_backward", torch::autograd::autogradNotImplementedFallback());
   library.impl("rotate_backward", torch::autograd::autogradNotImplementedFallback());
+  library.impl("rotate_backward_packed", torch::autograd::autogradNotImplementedFallback());
   library.impl("scale_backward", torch::autograd::autogradNotImplementedFallback());
+  library.impl("scale_backward_packed", torch::autograd::autogradNotImplementedFallback());
+  library.impl("pack", torch::autograd::autogradNotImplementedFallback());
 }
 
 namespace {

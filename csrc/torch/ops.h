@@ -14,8 +14,10 @@ void register_rotate_cpu(torch::Library& library);
 void register_scale_cpu(torch::Library& library);
 
 // The CPU kernels of the operators of the same names.
-at::Tensor rotate_cpu(const at::Tensor& x, const at::Tensor& blocks, int64_t b, int64_t m, bool transpose);
-at::Tensor scale_cpu(const at::Tensor& z, const at::Tensor& s, const std::optional<at::Tensor>& bias, bool bias_detached);
+at::Tensor rotate_cpu(const at::Tensor& x, const at::Tensor& blocks, int64_t b, int64_t m, bool transpose,
+                      bool compact = false);
+at::Tensor scale_cpu(const at::Tensor& z, const at::Tensor& s, const std::optional<at::Tensor>& bias, bool bias_detached,
+                     bool compact = false);
 
 bool cpu_kernels_in_use();
 

@@ -1,11 +1,15 @@
 // boft::rotate: x R, and its backward.
 #include "common.h"
 #include "ops.h"
+#include "packed.h"
 
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
+
+#include <cstring>
 
 namespace boft {
 namespace {
@@ -47,7 +51,8 @@ Tensor transposed(const boft_plan& plan, boft_dtype real, const Tensor& blocks) 
 
 }  // namespace
 
-Tensor rotate_cpu(const Tensor& x, const Tensor& blocks_any, int64_t b, int64_t m, bool transpose) {
+// compact matters to the backward only.
+Tensor rotate_cpu(const Tensor& x, const Tensor& blocks_any, int64_t b, int64_t m, bool transpose, bool) {
   const boft_dtype dtype = data_dtype(x, "x"), real = dtype == BOFT_F64 ? BOFT_F64 : BOFT_F32;
   const boft_plan plan = plan_of(x, b, m);
   check_rotate(x, blocks_any, plan);
@@ -107,11 +112,76 @@ std::tuple<Tensor, Tensor> rotate_backward_cpu(const Tensor& dy, const Tensor& x
   return {dx, dblocks};
 }
 
-Tensor call_rotate(const Tensor& x, const Tensor& blocks, int64_t b, int64_t m, bool transpose) {
+// The same from packed x. Every piece of kUnpackedRows rows is unpacked into a buffer of its thread and gives partial
+// gradients of the blocks, which are added in the order of rows, several pieces at a time as the shape prescribes.
+std::tuple<Tensor, Tensor> rotate_backward_packed_cpu(const Tensor& dy, const Tensor& packed, const Tensor& blocks_any,
+                                                      int64_t b, int64_t m, bool transpose, bool need_x) {
+  constexpr int64_t kPartialElements = 1 << 18, kMostPieces = 32;
+  const boft_dtype dtype = data_dtype(dy, "dy"), real = dtype == BOFT_F64 ? BOFT_F64 : BOFT_F32;
+  const boft_plan plan = plan_of(dy, b, m);
+  check_rotate(dy, blocks_any, plan);
+  const Rows grad(dy);
+  check_packed(packed, grad.rows, plan.d, kBitsOfX);
+  const bool need_flipped = transpose ? plan.levels > 1 : need_x || plan.levels > 1;
+  const Tensor given = blocks_any.contiguous(), flipped = need_flipped ? transposed(plan, real, given) : given;
+  Tensor dx = need_x ? empty_contiguous(dy) : at::empty({0}, dy.options());
+  const int64_t pieces = (grad.rows + kUnpackedRows - 1) / kUnpackedRows;
+  const int64_t together = std::clamp<int64_t>(kPartialElements / plan.count, 2, kMostPieces);
+  // The sum so far, and the pieces to add.
+  Tensor parts = at::empty({1 + std::min(together, pieces), plan.count}, given.options());
+  Tensor dblocks = at::zeros({plan.count}, given.options());
+  const int64_t size = dy.element_size(), size_of_real = given.element_size();
+  const size_t core = (boft_rotate_backward_workspace(&plan, dtype) + 63) / 64 * 64;
+  const size_t workspace = core + static_cast<size_t>(kUnpackedRows * plan.d * size);
+  const auto at_row = [&](const void* data, int64_t row, int64_t stride) {
+    return static_cast<const char*>(data) + row * stride * size;
+  };
+  char* const partial = static_cast<char*>(parts.mutable_data_ptr());
+  char* const out = need_x ? static_cast<char*>(dx.mutable_data_ptr()) : nullptr;
+  const auto one_piece = [&](int64_t piece, void* to, char* ws) {
+    const int64_t first = piece * kUnpackedRows, rows = std::min(kUnpackedRows, grad.rows - first);
+    void* const x = ws + core;
+    check(boft_unpack(dtype, kBitsOfX, rows, plan.d, at_row(packed.const_data_ptr(), 0, 0) + first * packed.size(1), x,
+                      plan.d, 0, rows));
+    boft_rotate_backward_args args = {};
+    args.plan = &plan;
+    args.dtype = dtype;
+    args.transpose = transpose;
+    args.rows = rows;
+    args.dy = at_row(grad.data(), first, grad.stride);
+    args.dy_stride = grad.stride;
+    args.x = x;
+    args.x_stride = plan.d;
+    args.blocks = (transpose ? flipped : given).const_data_ptr();
+    args.blocks_back = (transpose ? given : flipped).const_data_ptr();
+    args.dx = need_x ? out + first * plan.d * size : nullptr;
+    args.dx_stride = plan.d;
+    args.dblocks = to;
+    return boft_rotate_backward(&args, 0, boft_rotate_backward_tasks(&plan, rows), ws);
+  };
+  static_assert(kUnpackedRows <= 128, "a piece must be one split");
+  for (int64_t done = 0; done < pieces; done += together) {
+    const int64_t now = std::min(together, pieces - done);
+    parallel(now, now * kUnpackedRows * plan.d * work_per_element(plan) * 2, workspace,
+             [&](int64_t begin, int64_t end, void* ws) {
+               for (int64_t i = begin; i < end; i++)
+                 check(one_piece(done + i, partial + (1 + i) * plan.count * size_of_real, static_cast<char*>(ws)));
+               return BOFT_OK;
+             });
+    if (done == 0) std::memset(partial, 0, static_cast<size_t>(plan.count * size_of_real));
+    void* const sum = done + now == pieces ? dblocks.mutable_data_ptr() : partial;
+    parallel(plan.count, plan.count * now, 0, [&](int64_t begin, int64_t end, void*) {
+      return boft_sum_splits(real, 1 + now, plan.count, partial, sum, begin, end);
+    });
+  }
+  return {dx, dblocks};
+}
+
+Tensor call_rotate(const Tensor& x, const Tensor& blocks, int64_t b, int64_t m, bool transpose, bool compact) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("boft::rotate", "")
-                             .typed<Tensor(const Tensor&, const Tensor&, int64_t, int64_t, bool)>();
-  return op.call(x, blocks, b, m, transpose);
+                             .typed<Tensor(const Tensor&, const Tensor&, int64_t, int64_t, bool, bool)>();
+  return op.call(x, blocks, b, m, transpose, compact);
 }
 
 std::tuple<Tensor, Tensor> call_rotate_backward(const Tensor& dy, const Tensor& x, const Tensor& blocks, int64_t b,
@@ -124,38 +194,52 @@ std::tuple<Tensor, Tensor> call_rotate_backward(const Tensor& dy, const Tensor& 
   return op.call(dy, x, blocks, b, m, transpose, need_x, need_blocks);
 }
 
+std::tuple<Tensor, Tensor> call_rotate_backward_packed(const Tensor& dy, const Tensor& packed, const Tensor& blocks,
+                                                       int64_t b, int64_t m, bool transpose, bool need_x) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("boft::rotate_backward_packed", "")
+                             .typed<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, int64_t,
+                                                               int64_t, bool, bool)>();
+  return op.call(dy, packed, blocks, b, m, transpose, need_x);
+}
+
 class RotateFunction : public torch::autograd::Function<RotateFunction> {
  public:
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& blocks, int64_t b, int64_t m,
-                        bool transpose) {
+                        bool transpose, bool packed) {
     at::AutoDispatchBelowADInplaceOrView guard;
     // x is needed for the gradient of the blocks alone.
-    ctx->save_for_backward({blocks.requires_grad() ? x : Tensor(), blocks});
+    ctx->save_for_backward({packed ? pack_shared(x) : blocks.requires_grad() ? x : Tensor(), blocks});
+    ctx->saved_data["packed"] = packed;
     ctx->saved_data["b"] = b;
     ctx->saved_data["m"] = m;
     ctx->saved_data["transpose"] = transpose;
-    return call_rotate(x, blocks, b, m, transpose);
+    return call_rotate(x, blocks, b, m, transpose, false);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const auto saved = ctx->get_saved_variables();
     const bool need_x = ctx->needs_input_grad(0), need_blocks = ctx->needs_input_grad(1);
-    auto [dx, dblocks] = call_rotate_backward(
-        grads[0], saved[0].defined() ? saved[0] : grads[0], saved[1], ctx->saved_data["b"].toInt(),
-        ctx->saved_data["m"].toInt(), ctx->saved_data["transpose"].toBool(), need_x, need_blocks);
-    return {need_x ? dx : Tensor(), need_blocks ? dblocks : Tensor(), Tensor(), Tensor(), Tensor()};
+    const int64_t b = ctx->saved_data["b"].toInt(), m = ctx->saved_data["m"].toInt();
+    const bool transpose = ctx->saved_data["transpose"].toBool();
+    const Tensor& dy = grads[0];
+    auto [dx, dblocks] =
+        ctx->saved_data["packed"].toBool() && need_blocks
+            ? call_rotate_backward_packed(dy, saved[0], saved[1], b, m, transpose, need_x)
+            : call_rotate_backward(dy, need_blocks ? saved[0] : dy, saved[1], b, m, transpose, need_x, need_blocks);
+    return {need_x ? dx : Tensor(), need_blocks ? dblocks : Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
   }
 };
 
-Tensor rotate_autograd(const Tensor& x, const Tensor& blocks, int64_t b, int64_t m, bool transpose) {
-  return RotateFunction::apply(x, blocks, b, m, transpose);
+Tensor rotate_autograd(const Tensor& x, const Tensor& blocks, int64_t b, int64_t m, bool transpose, bool compact) {
+  return RotateFunction::apply(x, blocks, b, m, transpose, packs(compact, x, blocks));
 }
 
 template <c10::DeviceType device, c10::DispatchKey key>
-Tensor rotate_autocast(const Tensor& x, const Tensor& blocks, int64_t b, int64_t m, bool transpose) {
+Tensor rotate_autocast(const Tensor& x, const Tensor& blocks, int64_t b, int64_t m, bool transpose, bool compact) {
   c10::impl::ExcludeDispatchKeyGuard guard(key);
   const at::ScalarType to = at::autocast::get_autocast_dtype(device);
-  return call_rotate(at::autocast::cached_cast(to, x, device), blocks, b, m, transpose);
+  return call_rotate(at::autocast::cached_cast(to, x, device), blocks, b, m, transpose, compact);
 }
 
 }  // namespace
@@ -163,6 +247,11 @@ Tensor rotate_autocast(const Tensor& x, const Tensor& blocks, int64_t b, int64_t
 void register_rotate_cpu(torch::Library& library) {
   library.impl("rotate", rotate_cpu);
   library.impl("rotate_backward", rotate_backward_cpu);
+}
+
+// Not withdrawn with the other CPU kernels: what was packed must be unpacked.
+TORCH_LIBRARY_IMPL(boft, CPU, library) {
+  library.impl("rotate_backward_packed", rotate_backward_packed_cpu);
 }
 
 TORCH_LIBRARY_IMPL(boft, Autograd, library) {

@@ -1,6 +1,7 @@
 // boft::scale: z s + bias (1 - s), and its backward.
 #include "common.h"
 #include "ops.h"
+#include "packed.h"
 
 #include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -38,8 +39,8 @@ Tensor sum_splits(const Tensor& parts, boft_dtype real, const Tensor& like) {
 
 }  // namespace
 
-// bias_detached matters to the backward only.
-Tensor scale_cpu(const Tensor& z, const Tensor& s, const std::optional<Tensor>& bias, bool) {
+// bias_detached and compact matter to the backward only.
+Tensor scale_cpu(const Tensor& z, const Tensor& s, const std::optional<Tensor>& bias, bool, bool) {
   const boft_dtype dtype = data_dtype(z, "z");
   const int64_t n = outputs_of(z);
   const at::ScalarType real = real_dtype(z.scalar_type());
@@ -92,11 +93,59 @@ std::tuple<Tensor, Tensor, Tensor> scale_backward_cpu(const Tensor& dy, const st
   return {dz, need_s ? sum_splits(ds, real, s) : ds, need_bias ? sum_splits(dbias, real, *bias) : dbias};
 }
 
-Tensor call_scale(const Tensor& z, const Tensor& s, const std::optional<Tensor>& bias, bool bias_detached) {
+// The same from packed z, unpacked kUnpackedRows rows at a time into a buffer of the thread; each such piece is a split.
+std::tuple<Tensor, Tensor, Tensor> scale_backward_packed_cpu(const Tensor& dy, const Tensor& packed, const Tensor& s,
+                                                             const std::optional<Tensor>& bias, bool bias_detached,
+                                                             bool need_z, bool need_bias) {
+  const boft_dtype dtype = data_dtype(dy, "dy"), real = dtype == BOFT_F64 ? BOFT_F64 : BOFT_F32;
+  const int64_t n = outputs_of(dy);
+  TORCH_CHECK_VALUE(!need_bias || bias.has_value(), "scale backward: the gradient of a bias needs the bias");
+  const at::ScalarType real_type = real_dtype(dy.scalar_type());
+  const Tensor factors = real_vector(s, n, real_type, "boft_s");
+  const Tensor shifts = bias.has_value() ? real_vector(*bias, n, real_type, "bias") : Tensor();
+  const Rows grad(dy);
+  check_packed(packed, grad.rows, n, kBitsOfZ);
+  const int64_t pieces = std::max<int64_t>(1, (grad.rows + kUnpackedRows - 1) / kUnpackedRows);
+  Tensor dz = need_z ? empty_contiguous(dy) : at::empty({0}, dy.options());
+  Tensor ds = at::empty({pieces, n}, factors.options()), dbias = at::empty({need_bias ? pieces : 0, n}, ds.options());
+  const int64_t size = dy.element_size(), size_of_sums = n * ds.element_size();
+  const char* const from = static_cast<const char*>(packed.const_data_ptr());
+  char* const ds_at = static_cast<char*>(ds.mutable_data_ptr());
+  char* const dbias_at = need_bias ? static_cast<char*>(dbias.mutable_data_ptr()) : nullptr;
+  char* const dz_at = need_z ? static_cast<char*>(dz.mutable_data_ptr()) : nullptr;
+  parallel(pieces, grad.rows * n * 8, static_cast<size_t>(kUnpackedRows * n * size),
+           [&](int64_t begin, int64_t end, void* z) {
+             for (int64_t piece = begin; piece < end; piece++) {
+               const int64_t first = piece * kUnpackedRows, rows = std::min(kUnpackedRows, grad.rows - first);
+               check(boft_unpack(dtype, kBitsOfZ, rows, n, from + first * packed.size(1), z, n, 0, rows));
+               boft_scale_backward_args args = {};
+               args.dtype = dtype;
+               args.rows = rows;
+               args.n = n;
+               args.dy = static_cast<const char*>(grad.data()) + first * grad.stride * size;
+               args.dy_stride = grad.stride;
+               args.z = z;
+               args.z_stride = n;
+               args.s = factors.const_data_ptr();
+               args.bias = shifts.defined() ? shifts.const_data_ptr() : nullptr;
+               args.dz = need_z ? dz_at + first * n * size : nullptr;
+               args.dz_stride = n;
+               args.ds = ds_at + piece * size_of_sums;
+               args.dbias = need_bias ? dbias_at + piece * size_of_sums : nullptr;
+               args.bias_detached = bias_detached;
+               check(boft_scale_backward(&args, 0, 1));
+             }
+             return BOFT_OK;
+           });
+  return {dz, sum_splits(ds, real, s), need_bias ? sum_splits(dbias, real, *bias) : dbias};
+}
+
+Tensor call_scale(const Tensor& z, const Tensor& s, const std::optional<Tensor>& bias, bool bias_detached,
+                  bool compact) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("boft::scale", "")
-                             .typed<Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&, bool)>();
-  return op.call(z, s, bias, bias_detached);
+                             .typed<Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&, bool, bool)>();
+  return op.call(z, s, bias, bias_detached, compact);
 }
 
 std::tuple<Tensor, Tensor, Tensor> call_scale_backward(const Tensor& dy, const std::optional<Tensor>& z, const Tensor& s,
@@ -110,6 +159,17 @@ std::tuple<Tensor, Tensor, Tensor> call_scale_backward(const Tensor& dy, const s
   return op.call(dy, z, s, bias, bias_detached, need_z, need_s, need_bias);
 }
 
+std::tuple<Tensor, Tensor, Tensor> call_scale_backward_packed(const Tensor& dy, const Tensor& packed, const Tensor& s,
+                                                              const std::optional<Tensor>& bias, bool bias_detached,
+                                                              bool need_z, bool need_bias) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("boft::scale_backward_packed", "")
+          .typed<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
+                                                    const std::optional<Tensor>&, bool, bool, bool)>();
+  return op.call(dy, packed, s, bias, bias_detached, need_z, need_bias);
+}
+
 std::optional<Tensor> optional_of(const Tensor& tensor) {
   return tensor.defined() ? std::optional<Tensor>(tensor) : std::nullopt;
 }
@@ -117,12 +177,14 @@ std::optional<Tensor> optional_of(const Tensor& tensor) {
 class ScaleFunction : public torch::autograd::Function<ScaleFunction> {
  public:
   static Tensor forward(AutogradContext* ctx, const Tensor& z, const Tensor& s, const std::optional<Tensor>& bias,
-                        bool bias_detached) {
+                        bool bias_detached, bool packed) {
     at::AutoDispatchBelowADInplaceOrView guard;
     // z is the one large tensor here and serves the gradient of s alone.
-    ctx->save_for_backward({s.requires_grad() ? z : Tensor(), s, bias.value_or(Tensor())});
+    const Tensor kept = packed ? pack(z, kBitsOfZ) : s.requires_grad() ? z : Tensor();
+    ctx->save_for_backward({kept, s, bias.value_or(Tensor())});
+    ctx->saved_data["packed"] = packed;
     ctx->saved_data["bias_detached"] = bias_detached;
-    return call_scale(z, s, bias, bias_detached);
+    return call_scale(z, s, bias, bias_detached, false);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -130,15 +192,19 @@ class ScaleFunction : public torch::autograd::Function<ScaleFunction> {
     const std::optional<Tensor> bias = optional_of(saved[2]);
     const bool need_z = ctx->needs_input_grad(0), need_s = ctx->needs_input_grad(1);
     const bool need_bias = bias.has_value() && ctx->needs_input_grad(2);
+    const bool detached = ctx->saved_data["bias_detached"].toBool();
     auto [dz, ds, dbias] =
-        call_scale_backward(grads[0], optional_of(saved[0]), saved[1], bias, ctx->saved_data["bias_detached"].toBool(),
-                            need_z, need_s, need_bias);
-    return {need_z ? dz : Tensor(), need_s ? ds : Tensor(), need_bias ? dbias : Tensor(), Tensor()};
+        ctx->saved_data["packed"].toBool() && need_s
+            ? call_scale_backward_packed(grads[0], saved[0], saved[1], bias, detached, need_z, need_bias)
+            : call_scale_backward(grads[0], need_s ? optional_of(saved[0]) : std::nullopt, saved[1], bias, detached,
+                                  need_z, need_s, need_bias);
+    return {need_z ? dz : Tensor(), need_s ? ds : Tensor(), need_bias ? dbias : Tensor(), Tensor(), Tensor()};
   }
 };
 
-Tensor scale_autograd(const Tensor& z, const Tensor& s, const std::optional<Tensor>& bias, bool bias_detached) {
-  return ScaleFunction::apply(z, s, bias, bias_detached);
+Tensor scale_autograd(const Tensor& z, const Tensor& s, const std::optional<Tensor>& bias, bool bias_detached,
+                      bool compact) {
+  return ScaleFunction::apply(z, s, bias, bias_detached, packs(compact, z, s));
 }
 
 }  // namespace
@@ -146,6 +212,11 @@ Tensor scale_autograd(const Tensor& z, const Tensor& s, const std::optional<Tens
 void register_scale_cpu(torch::Library& library) {
   library.impl("scale", scale_cpu);
   library.impl("scale_backward", scale_backward_cpu);
+}
+
+// Not withdrawn with the other CPU kernels: what was packed must be unpacked.
+TORCH_LIBRARY_IMPL(boft, CPU, library) {
+  library.impl("scale_backward_packed", scale_backward_packed_cpu);
 }
 
 TORCH_LIBRARY_IMPL(boft, Autograd, library) {

