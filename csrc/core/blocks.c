@@ -1,4 +1,5 @@
 /* From parameters to collapsed blocks: Cayley, collapse, transpose; checks, sizes, and the call of the variant. */
+#include "cayley_sizes.h"
 #include "kernels.h"
 #include "status.h"
 #include "tiles.h"
@@ -20,9 +21,16 @@ DEFINE_TRANSPOSE(double)
 
 size_t boft_cayley_workspace(int64_t b)
 {
-    /* Forward: one matrix of doubles with rows padded to 64 bytes and a pivot a row. Backward: three matrices. */
-    size_t row = (size_t)((b + 7) / 8 * 8);
-    return 3 * (size_t)b * row * sizeof(double) + (size_t)b * sizeof(int64_t) + 64;
+    const size_t square = (size_t)(b * b), padded = (size_t)(b * boft_padded(b)) * sizeof(double);
+    const size_t forward = padded + boft_invert_workspace(b);
+    const size_t backward = 2 * square * sizeof(double) + boft_product_workspace(b, b, sizeof(double));
+    size_t lanes = 0;
+    if (b <= BOFT_LANES_MAX_B)
+        lanes = (2 * square + 5 * (size_t)b) * BOFT_VECTOR_BYTES + square * sizeof(double);
+    if (b <= BOFT_LANES_MAX_B_BACKWARD)
+        lanes += square * BOFT_VECTOR_BYTES;
+    const size_t larger = forward > backward ? forward : backward;
+    return larger > lanes ? larger : lanes;
 }
 
 static boft_status check_cayley(const char *what, boft_dtype dtype, int64_t b, int64_t begin, int64_t end)
@@ -69,17 +77,20 @@ boft_status boft_cayley_backward(boft_dtype dtype, int64_t b, int64_t begin, int
 size_t boft_collapse_workspace(const boft_plan *plan, boft_dtype dtype)
 {
     /*
-     * Backward of the largest level: the partial product above each of its lower factors and the gradient of the one
-     * at hand (factors matrices in all), three gathered strips of group x b, and a block.
+     * Backward of the largest level: the products of its lower factors and their gradients, less than group x group each,
+     * and half a row of chunks transposed. The scalar variant: a product, its gradient, and a row of a block.
      */
-    int64_t reals = 0;
-    for (int64_t i = 0; i < plan->levels; i++) {
-        const boft_level *level = &plan->level[i];
-        int64_t group = level->group;
-        int64_t size = level->factors * group * group + 3 * group * plan->b + plan->b * plan->b;
-        reals = boft_max(reals, size);
-    }
-    return (size_t)reals * boft_real_size(dtype);
+    int64_t group = 0;
+    for (int64_t i = 0; i < plan->levels; i++)
+        group = boft_max(group, plan->level[i].group);
+    const size_t real = boft_real_size(dtype);
+    const size_t alone = (size_t)(2 * group * group + group * plan->b + plan->b) * real;
+    if (plan->b > BOFT_COLLAPSE_LANES_MAX_B)
+        return alone;
+    /* In lanes: the factors' blocks and the products of several groups, and a block for lanes that are not used. */
+    const size_t lanes = (size_t)(group * plan->b * plan->m + 2 * group * group) * BOFT_VECTOR_BYTES;
+    const size_t together = lanes + (size_t)(group * group) * real;
+    return together > alone ? together : alone;
 }
 
 static boft_status check_level(const char *what, const boft_plan *plan, boft_dtype dtype, int64_t level, int64_t begin,

@@ -1,92 +1,158 @@
-/* Cayley and its backward, one block at a time. The elimination is in double for both types; invert.h says why. */
+/*
+ * Cayley and its backward: small blocks in the lanes of vectors, larger ones by themselves. Which way a block goes depends
+ * on its size and its entries alone.
+ */
+#include "cayley_invert.h"
+#include "cayley_lanes.h"
+#include "cayley_product_template.h"
+#include "cayley_lanes_template.h"
 
-/* row -= factor * pivot_row over b columns padded to a multiple of 8. */
-VEC_FN void FN(eliminate_row)(int64_t padded, double factor, const double *pivot_row, double *row)
+/* As load_tile, of doubles. */
+VEC_FN void FN(load_tile_wide)(int64_t rows, int64_t columns, const REAL *from, int64_t stride,
+                               vec_double tile[VEC_LANES_double])
 {
-    const vec_double minus = set1_double(-factor);
-    for (int64_t j = 0; j < padded; j += VEC_LANES_double)
-        store_double(row + j, fma_double(minus, load_double(pivot_row + j), load_double(row + j)));
+#pragma GCC unroll 8
+    for (int r = 0; r < VEC_LANES_double; r++)
+        if (r >= rows)
+            tile[r] = zero_double();
+        else
+            tile[r] = columns >= VEC_LANES_double ? VEC(load_wide)(from + r * stride)
+                                                  : VEC(loadn_wide)(from + r * stride, columns);
 }
 
-/* s = s^-1 in place, by Gauss-Jordan elimination. */
-VEC_FN void FN(invert)(int64_t b, double *s, int64_t *pivots, int pivoted)
+/* The lower triangle of tiles of S = (A - A^T) / 2, and from it the upper one. Returns boft_largest. */
+VEC_FN double FN(load_skew)(int64_t b, const REAL *a, double *s)
 {
-    const int64_t padded = boft_padded(b);
-    for (int64_t k = 0; k < b; k++) {
-        double *pivot_row = s + k * padded;
-        if (pivoted) {
-            pivots[k] = boft_pivot_row(b, s, k);
-            boft_swap_rows(b, s, k, pivots[k]);
+    enum { TILE = VEC_LANES_double };
+    const int64_t ld = boft_padded(b);
+    const vec_double half = set1_double(0.5);
+    vec_double most = zero_double(), sick = zero_double();
+    for (int64_t i = 0; i < b; i += TILE)
+        for (int64_t j = 0; j <= i; j += TILE) {
+            const int64_t rows = boft_min(TILE, b - i), columns = boft_min(TILE, b - j);
+            vec_double tile[TILE], mirror[TILE];
+            FN(load_tile_wide)(rows, columns, a + i * b + j, b, tile);
+            FN(load_tile_wide)(columns, rows, a + j * b + i, b, mirror);
+            transpose_double(mirror);
+#pragma GCC unroll 8
+            for (int r = 0; r < TILE; r++) {
+                tile[r] = fma_double(half, tile[r], mul_double(set1_double(-0.5), mirror[r]));
+                mirror[r] = sub_double(zero_double(), tile[r]);
+                most = max_double(most, max_double(tile[r], mirror[r]));
+                sick = fma_double(zero_double(), tile[r], sick); /* 0 unless an entry is not finite */
+            }
+            transpose_double(mirror);
+            for (int r = 0; r < columns; r++)
+                store_double(s + (j + r) * ld + i, mirror[r]);
+            for (int r = 0; r < rows; r++)
+                store_double(s + (i + r) * ld + j, tile[r]);
         }
-        const double pivot = pivot_row[k] == 0 ? BOFT_LEAST_PIVOT : pivot_row[k];
-        const vec_double inverse = set1_double(1 / pivot);
-        pivot_row[k] = 1;
-        for (int64_t j = 0; j < padded; j += VEC_LANES_double)
-            store_double(pivot_row + j, mul_double(inverse, load_double(pivot_row + j)));
-        for (int64_t i = 0; i < b; i++) {
-            if (i == k)
-                continue;
-            const double factor = s[i * padded + k];
-            s[i * padded + k] = 0;
-            FN(eliminate_row)(padded, factor, pivot_row, s + i * padded);
-        }
+    double largest[TILE], all = 0;
+    store_double(largest, add_double(most, sick));
+    for (int r = 0; r < TILE; r++)
+        all = all >= largest[r] || isnan(all) ? all : largest[r];
+    return all;
+}
+
+/* q = Cayley(a) of one block. q may be a. workspace: boft_cayley_workspace(b). */
+VEC_ATTR static void FN(cayley_block)(int64_t b, const REAL *a, int kept, REAL *q, void *workspace)
+{
+    const int64_t ld = boft_padded(b);
+    double *s = workspace, *deeper = s + b * ld;
+    if (!kept) {
+        memset(q, 0, (size_t)(b * b) * sizeof *q);
+        for (int64_t i = 0; i < b; i++)
+            q[i * b + i] = 1;
+        return;
     }
-    if (pivoted)
-        boft_unswap_columns(b, s, pivots);
+    const double largest = FN(load_skew)(b, a, s);
+    const int pivoted = largest > BOFT_UNPIVOTED_MAX;
+    const double one = pivoted ? boft_scaled_one(largest) : 1;
+    for (int64_t i = 0; pivoted && i < b; i++)
+        for (int64_t j = 0; j < b; j++)
+            s[i * ld + j] /= largest;
+    for (int64_t i = 0; i < b; i++) {
+        s[i * ld + i] = one;
+        for (int64_t j = b; j % 8 != 0; j++)
+            s[i * ld + j] = 0;
+    }
+    invert(b, s, pivoted, deeper);
+    const vec_double twice = set1_double(isnan(largest) ? NAN : 2 * one);
+    for (int64_t i = 0; i < b; i++) {
+        const double *row = s + i * ld;
+        int64_t j = 0;
+        for (; j + VEC_LANES_double <= b; j += VEC_LANES_double)
+            VEC(store_narrow)(q + i * b + j, mul_double(twice, load_double(row + j)));
+        VEC(storen_narrow)(q + i * b + j, mul_double(twice, load_double(row + j)), b - j);
+        q[i * b + i] = (REAL)(isnan(largest) ? NAN : 2 * one * row[i] - 1);
+    }
 }
 
-VEC_ATTR static void FN(cayley)(int64_t b, int64_t begin, int64_t end, const void *a_all, const unsigned char *keep,
+VEC_ATTR static void FN(cayley)(int64_t b, int64_t begin, int64_t end, const void *a_all, const unsigned char *keep_all,
                                 void *q_all, void *workspace)
 {
-    const int64_t padded = boft_padded(b);
-    double *s = workspace;
-    int64_t *pivots = (int64_t *)(s + b * padded);
-    for (int64_t n = begin; n < end; n++) {
+    const int64_t together = b <= BOFT_LANES_MAX_B ? VEC(VEC_LANES) : 1;
+    for (int64_t n = begin; n < end; n += together) {
         const REAL *a = (const REAL *)a_all + n * b * b;
         REAL *q = (REAL *)q_all + n * b * b;
-        const int kept = !keep || keep[n];
-        memset(s, 0, (size_t)(b * padded) * sizeof *s);
-        for (int64_t i = 0; kept && i < b; i++)
-            for (int64_t j = 0; j <= i; j++) { /* the diagonal is 0 unless it is not finite */
-                const double skew = (double)a[i * b + j] / 2 - (double)a[j * b + i] / 2;
-                s[j * padded + i] = -skew;
-                s[i * padded + j] = skew;
-            }
-        const double largest = boft_largest(b, s);
-        const int pivoted = largest > BOFT_UNPIVOTED_MAX;
-        const double one = pivoted ? boft_scaled_one(largest) : 1;
-        for (int64_t i = 0; pivoted && i < b * padded; i++)
-            s[i] /= largest;
-        for (int64_t i = 0; i < b; i++)
-            s[i * padded + i] = one;
-        FN(invert)(b, s, pivots, pivoted);
-        const double twice = isnan(largest) ? NAN : 2 * one;
-        for (int64_t i = 0; i < b; i++) {
-            for (int64_t j = 0; j < b; j++)
-                q[i * b + j] = (REAL)(twice * s[i * padded + j]);
-            q[i * b + i] = (REAL)(twice * s[i * padded + i] - 1);
-        }
+        const unsigned char *keep = keep_all ? keep_all + n : NULL;
+        const int64_t count = boft_min(together, end - n);
+        const unsigned done = together > 1 ? FN(cayley_lanes)(b, count, a, keep, q, workspace) : 0;
+        for (int64_t i = 0; i < count; i++)
+            if (!(done >> i & 1))
+                FN(cayley_block)(b, a + i * b * b, !keep || keep[i], q + i * b * b, workspace);
     }
+}
+
+/* x = (x - x^T) / 4 in place, b x b. */
+VEC_FN void FN(skew_quarter)(int64_t b, REAL *x)
+{
+    enum { TILE = VEC(VEC_LANES) };
+    const VEC(vec) quarter = VEC(set1)((REAL)0.25);
+    for (int64_t i = 0; i < b; i += TILE)
+        for (int64_t j = 0; j <= i; j += TILE) {
+            VEC(vec) tile[TILE], mirror[TILE];
+            FN(load_tile)(b - i, b - j, x + i * b + j, b, tile);
+            FN(load_tile)(b - j, b - i, x + j * b + i, b, mirror);
+            VEC(transpose)(mirror);
+#pragma GCC unroll 16
+            for (int r = 0; r < TILE; r++) {
+                tile[r] = VEC(mul)(quarter, VEC(sub)(tile[r], mirror[r]));
+                mirror[r] = VEC(sub)(VEC(zero)(), tile[r]);
+            }
+            VEC(transpose)(mirror);
+            FN(store_tile)(b - j, b - i, mirror, x + j * b + i, b);
+            FN(store_tile)(b - i, b - j, tile, x + i * b + j, b);
+        }
+}
+
+/* With J = I + Q, -2 dS = J^T dQ J^T is the transpose of J (dQ^T J), whose factors need not be transposed. */
+VEC_ATTR static void FN(cayley_backward_block)(int64_t b, const REAL *dq, const REAL *q, REAL *da, void *workspace)
+{
+    REAL *j = workspace, *half = j + b * b, *deeper = half + b * b;
+    memcpy(j, q, (size_t)(b * b) * sizeof *j);
+    for (int64_t i = 0; i < b; i++)
+        j[i * b + i] += 1;
+    FN(product)(b, b, b, dq, 1, b, j, b, half, b, 0, deeper);
+    FN(product)(b, b, b, j, b, 1, half, b, da, b, 0, deeper);
+    FN(skew_quarter)(b, da);
 }
 
 VEC_ATTR static void FN(cayley_backward)(int64_t b, int64_t begin, int64_t end, const void *dq_all, const void *q_all,
-                                         const unsigned char *keep, void *da_all, void *workspace)
+                                         const unsigned char *keep_all, void *da_all, void *workspace)
 {
-    REAL *jt = workspace, *half = jt + b * b, *ds = half + b * b;
-    for (int64_t n = begin; n < end; n++) {
+    const int64_t together = b <= BOFT_LANES_MAX_B_BACKWARD ? VEC(VEC_LANES) : 1;
+    for (int64_t n = begin; n < end; n += together) {
         const REAL *dq = (const REAL *)dq_all + n * b * b, *q = (const REAL *)q_all + n * b * b;
         REAL *da = (REAL *)da_all + n * b * b;
-        if (keep && !keep[n]) {
-            memset(da, 0, (size_t)(b * b) * sizeof *da);
-            continue;
-        }
-        for (int64_t i = 0; i < b; i++)
-            for (int64_t j = 0; j < b; j++)
-                jt[i * b + j] = q[j * b + i] + (i == j);
-        FN(gemm)(b, b, b, jt, b, 1, dq, b, half, b, 0);
-        FN(gemm)(b, b, b, half, b, 1, jt, b, ds, b, 0);
-        for (int64_t i = 0; i < b; i++)
-            for (int64_t j = 0; j < b; j++)
-                da[i * b + j] = (ds[j * b + i] - ds[i * b + j]) / 4;
+        const unsigned char *keep = keep_all ? keep_all + n : NULL;
+        const int64_t count = boft_min(together, end - n);
+        if (together > 1)
+            FN(cayley_backward_lanes)(b, count, dq, q, keep, da, workspace);
+        else if (!keep || *keep)
+            FN(cayley_backward_block)(b, dq, q, da, workspace);
+        for (int64_t i = 0; keep && i < count; i++)
+            if (!keep[i])
+                memset(da + i * b * b, 0, (size_t)(b * b) * sizeof *da);
     }
 }

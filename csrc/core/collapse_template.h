@@ -1,149 +1,260 @@
 /*
- * The product of a level's factors, group by group, from the top factor down. After the factors above f, row chunk u of
- * the product is non-zero only in column chunks that agree with u in the bits up to f; so multiplying by a block of
- * factor f involves only the rows whose chunks agree with the block's columns in the bits below f.
+ * The product of a level's factors, group by group, from the bottom factor up. The product of factors 0 ... f is
+ * block-diagonal: 2^(factors - 1 - f) matrices of n = b 2^f rows, matrix `high` of which acts on the chunks whose bits
+ * above f are those of high. Its row chunks are numbered by (bit', low), bit f and the f bits below, and column half
+ * `bit` of it is
+ *
+ *     rows (bit', low) = Q[chunk bit', chunk bit] P[row chunk low]     for bit' = 0 and 1,
+ *
+ * where Q is block (high, low) of factor f, and P matrix (high, bit) of the product of factors 0 ... f-1, n / 2 rows of
+ * n / 2 columns. One such pair of row chunks by half the columns, c n / 2 values each, is a "piece" below. In an array of
+ * products the matrices of one lie one after the other.
  */
 
-/* The rows and columns of a product that one block of factor f involves. */
-typedef struct FN(block_rows) {
-    int64_t row_chunks; /* chunks of rows, 2^f apart, from chunk `low` on */
-    int64_t low, step;  /* in chunks */
-    int64_t left, right; /* first columns of the two chunks of columns */
-} FN(block_rows);
+/* Piece i of 2^factors of the product of factors 0 ... f. */
+typedef struct FN(piece) {
+    int64_t high, low; /* the block of factor f */
+    int64_t column;    /* of the block, where its chunk `bit` of columns starts */
+    int64_t matrix;    /* (high, bit) as one number */
+    int64_t half;      /* n / 2: columns of the piece, and rows from its upper chunk of rows to its lower */
+    int64_t at;        /* where it starts in the matrices of the product */
+    int64_t below;     /* where row chunk low of matrix (high, bit) starts in the matrices of the product below */
+} FN(piece);
 
-VEC_FN FN(block_rows) FN(rows_of_block)(const boft_level *level, int64_t f, int64_t high, int64_t low, int64_t c)
+VEC_FN FN(piece) FN(find_piece)(int64_t b, int64_t f, int64_t i)
 {
-    FN(block_rows) rows;
-    rows.row_chunks = (int64_t)1 << (level->factors - f);
-    rows.low = low;
-    rows.step = (int64_t)1 << f;
-    rows.left = ((high << (f + 1)) + low) * c;
-    rows.right = rows.left + (c << f);
-    return rows;
+    const int64_t low = i & (((int64_t)1 << f) - 1), matrix = i >> f, c = b / 2, half = c << f;
+    return (FN(piece)){
+        .high = matrix >> 1,
+        .low = low,
+        .column = (matrix & 1) * c,
+        .matrix = matrix,
+        .half = half,
+        .at = (matrix >> 1) * 4 * half * half + low * c * 2 * half + (matrix & 1) * half,
+        .below = matrix * half * half + low * c * half,
+    };
 }
 
-/* strip (row_chunks c rows of b columns) = the involved part of a (group x group) matrix. */
-VEC_FN void FN(gather_rows)(const FN(block_rows) *rows, int64_t c, int64_t group, const REAL *matrix, REAL *strip)
+/* Where block (high, low) of factor f of group g starts in q. */
+VEC_FN int64_t FN(block_offset)(const boft_plan *plan, const boft_level *level, int64_t g, int64_t f, int64_t high,
+                                int64_t low)
 {
-    for (int64_t u = 0; u < rows->row_chunks; u++)
-        for (int64_t r = 0; r < c; r++) {
-            const REAL *from = matrix + ((rows->low + u * rows->step) * c + r) * group;
-            REAL *to = strip + (u * c + r) * 2 * c;
-            for (int64_t j = 0; j < c; j++) {
-                to[j] = from[rows->left + j];
-                to[c + j] = from[rows->right + j];
-            }
+    const int64_t n = boft_factor_block(level, g, f, high, low);
+    return ((level->first + f) * plan->blocks + n) * plan->b * plan->b;
+}
+
+/* Elements of the products of factors 0 ... i of a group for i = 1 ... f-1, f >= 1. */
+VEC_FN int64_t FN(products_size)(const boft_plan *plan, const boft_level *level, int64_t f)
+{
+    return level->group * plan->b * (((int64_t)1 << f) - 2);
+}
+
+#include "collapse_lanes_template.h"
+
+/* A piece: rows of Q (stride 2 c, of which c columns count) times c rows P of half columns. */
+VEC_FN void FN(multiply_piece_of)(const int c, int64_t half, const REAL *q, const REAL *p, REAL *to)
+{
+    enum { LANES = VEC(VEC_LANES) };
+    for (int64_t j = 0; j < half; j += LANES) {
+        const int64_t lanes = boft_min(LANES, half - j);
+        VEC(vec) in[8];
+#pragma GCC unroll 8
+        for (int k = 0; k < c; k++)
+            in[k] = lanes == LANES ? VEC(load)(p + k * half + j) : VEC(loadn)(p + k * half + j, lanes);
+        for (int r = 0; r < 2 * c; r++) {
+            VEC(vec) sum = VEC(mul)(VEC(set1)(q[r * 2 * c]), in[0]);
+#pragma GCC unroll 8
+            for (int k = 1; k < c; k++)
+                sum = VEC(fma)(VEC(set1)(q[r * 2 * c + k]), in[k], sum);
+            REAL *row = to + (r < c ? r : half + r - c) * 2 * half + j;
+            if (lanes == LANES)
+                VEC(store)(row, sum);
+            else
+                VEC(storen)(row, sum, lanes);
         }
-}
-
-/* Undo gather_rows: the involved part of the matrix = strip. */
-VEC_FN void FN(scatter_rows)(const FN(block_rows) *rows, int64_t c, int64_t group, const REAL *strip, REAL *matrix)
-{
-    for (int64_t u = 0; u < rows->row_chunks; u++)
-        for (int64_t r = 0; r < c; r++) {
-            REAL *to = matrix + ((rows->low + u * rows->step) * c + r) * group;
-            const REAL *from = strip + (u * c + r) * 2 * c;
-            for (int64_t j = 0; j < c; j++) {
-                to[rows->left + j] = from[j];
-                to[rows->right + j] = from[c + j];
-            }
-        }
-}
-
-/* product (zero where it is not written) = the top factor of the level, for group g. */
-VEC_FN void FN(place_top_factor)(const boft_plan *plan, const boft_level *level, int64_t g, const REAL *q, REAL *product)
-{
-    const int64_t b = plan->b, c = b / 2, f = level->factors - 1;
-    memset(product, 0, (size_t)(level->group * level->group) * sizeof(REAL));
-    for (int64_t low = 0; low < (int64_t)1 << f; low++) {
-        const int64_t n = boft_factor_block(level, g, f, 0, low);
-        const FN(block_rows) rows = FN(rows_of_block)(level, f, 0, low, c);
-        FN(scatter_rows)(&rows, c, level->group, q + ((level->first + f) * plan->blocks + n) * b * b, product);
     }
 }
 
-/* to = from * factor f, for group g. to may be from. strips: 2 group b reals. */
-VEC_FN void FN(multiply_factor)(const boft_plan *plan, const boft_level *level, int64_t g, int64_t f, const REAL *q,
-                                const REAL *from, REAL *to, REAL *strips)
+VEC_ATTR static void FN(multiply_piece)(int64_t c, int64_t half, const REAL *q, const REAL *p, REAL *to)
 {
-    const int64_t b = plan->b, c = b / 2, group = level->group;
-    for (int64_t high = 0; high < (int64_t)1 << (level->factors - 1 - f); high++)
-        for (int64_t low = 0; low < (int64_t)1 << f; low++) {
-            const int64_t n = boft_factor_block(level, g, f, high, low);
-            const FN(block_rows) rows = FN(rows_of_block)(level, f, high, low, c);
-            REAL *in = strips, *out = strips + group * b;
-            FN(gather_rows)(&rows, c, group, from, in);
-            FN(gemm)(rows.row_chunks * c, b, b, in, b, 1, q + ((level->first + f) * plan->blocks + n) * b * b, b, out, b, 0);
-            FN(scatter_rows)(&rows, c, group, out, to);
-        }
+    switch (c) { /* products so small that a call of gemm costs as much as the work */
+    case 3:
+        FN(multiply_piece_of)(3, half, q, p, to);
+        return;
+    case 4:
+        FN(multiply_piece_of)(4, half, q, p, to);
+        return;
+    case 5:
+        FN(multiply_piece_of)(5, half, q, p, to);
+        return;
+    case 6:
+        FN(multiply_piece_of)(6, half, q, p, to);
+        return;
+    case 7:
+        FN(multiply_piece_of)(7, half, q, p, to);
+        return;
+    case 8:
+        FN(multiply_piece_of)(8, half, q, p, to);
+        return;
+    }
+    for (int64_t lower = 0; lower < 2; lower++)
+        FN(gemm)(c, half, c, q + lower * 2 * c * c, 2 * c, 1, p, half, to + lower * 2 * half * half, 2 * half, 0);
+}
+
+/* to = the product of factors 0 ... f of group g. products: those of fewer factors. */
+VEC_FN void FN(multiply_factor)(const boft_plan *plan, const boft_level *level, int64_t g, int64_t f, const REAL *q,
+                                const REAL *products, REAL *to)
+{
+    for (int64_t i = 0; i < (int64_t)1 << level->factors; i++) {
+        const FN(piece) piece = FN(find_piece)(plan->b, f, i);
+        const REAL *block = q + FN(block_offset)(plan, level, g, f, piece.high, piece.low);
+        const REAL *p = f == 1 ? q + FN(block_offset)(plan, level, g, 0, piece.matrix, 0) + piece.low * plan->b * plan->b / 2
+                               : products + FN(products_size)(plan, level, f - 1) + piece.below;
+        FN(multiply_piece)(plan->b / 2, piece.half, block + piece.column, p, to + piece.at);
+    }
+}
+
+/* The products of factors 0 ... f for f = 1 ... factors - 2. */
+VEC_FN void FN(multiply_lower_factors)(const boft_plan *plan, const boft_level *level, int64_t g, const REAL *q,
+                                       REAL *products)
+{
+    for (int64_t f = 1; f < level->factors - 1; f++)
+        FN(multiply_factor)(plan, level, g, f, q, products, products + FN(products_size)(plan, level, f));
 }
 
 VEC_ATTR static void FN(collapse)(const boft_plan *plan, const boft_level *level, int64_t begin, int64_t end,
                                   const void *q, void *blocks, void *workspace)
 {
-    const int64_t size = level->group * level->group;
+    const int64_t size = level->group * level->group, top = level->factors - 1;
     REAL *to = (REAL *)blocks + level->offset;
-    if (level->factors == 1) { /* blocks of one factor are in the order of its groups */
+    if (top == 0) { /* blocks of one factor are in the order of its groups */
         memcpy(to + begin * size, (const REAL *)q + level->first * plan->d * plan->b + begin * size,
                (size_t)((end - begin) * size) * sizeof(REAL));
         return;
     }
+    if (plan->b <= BOFT_COLLAPSE_LANES_MAX_B) {
+        for (int64_t g = begin; g < end; g += VEC(VEC_LANES))
+            FN(collapse_lanes)(plan, level, g, boft_min(VEC(VEC_LANES), end - g), q, to + g * size, workspace);
+        return;
+    }
+    REAL *products = workspace;
     for (int64_t g = begin; g < end; g++) {
-        REAL *product = to + g * size;
-        FN(place_top_factor)(plan, level, g, q, product);
-        for (int64_t f = level->factors - 2; f >= 0; f--)
-            FN(multiply_factor)(plan, level, g, f, q, product, product, workspace);
+        FN(multiply_lower_factors)(plan, level, g, q, products);
+        FN(multiply_factor)(plan, level, g, top, q, products, to + g * size);
     }
 }
 
-/* Gradients of factor f's blocks, and the gradient of the product turned into that of the product above f. */
-VEC_FN void FN(factor_backward)(const boft_plan *plan, const boft_level *level, int64_t g, int64_t f, const REAL *q,
-                                const REAL *above, REAL *grad, REAL *dq, REAL *strips)
+/*
+ * Backward of a piece from its gradient: dp (c rows of half columns) = Q^T grad, and c columns of dq (rows of stride 2 c)
+ * = grad P^T, upper and lower rows alike.
+ */
+VEC_FN void FN(piece_backward_of)(const int c, int64_t half, const REAL *q, const REAL *p, const REAL *grad, REAL *dq,
+                                  REAL *dp)
 {
-    const int64_t b = plan->b, c = b / 2, group = level->group;
-    REAL *product_rows = strips, *grad_rows = product_rows + group * b, *new_rows = grad_rows + group * b;
-    REAL *transposed = new_rows + group * b;
-    for (int64_t high = 0; high < (int64_t)1 << (level->factors - 1 - f); high++)
-        for (int64_t low = 0; low < (int64_t)1 << f; low++) {
-            const int64_t at = ((level->first + f) * plan->blocks + boft_factor_block(level, g, f, high, low)) * b * b;
-            const FN(block_rows) rows = FN(rows_of_block)(level, f, high, low, c);
-            const int64_t count = rows.row_chunks * c;
-            FN(gather_rows)(&rows, c, group, above, product_rows);
-            FN(gather_rows)(&rows, c, group, grad, grad_rows);
-            FN(gemm)(b, b, count, product_rows, 1, b, grad_rows, b, dq + at, b, 0);
-            for (int64_t i = 0; i < b; i++)
-                for (int64_t j = 0; j < b; j++)
-                    transposed[j * b + i] = q[at + i * b + j];
-            FN(gemm)(count, b, b, grad_rows, b, 1, transposed, b, new_rows, b, 0);
-            FN(scatter_rows)(&rows, c, group, new_rows, grad);
+    enum { LANES = VEC(VEC_LANES) };
+    for (int64_t j = 0; j < half; j += LANES) {
+        const int64_t lanes = boft_min(LANES, half - j);
+        VEC(vec) sum[8];
+#pragma GCC unroll 8
+        for (int k = 0; k < c; k++)
+            sum[k] = VEC(zero)();
+        for (int r = 0; r < 2 * c; r++) {
+            const REAL *from = grad + (r < c ? r : half + r - c) * 2 * half + j;
+            const VEC(vec) row = lanes == LANES ? VEC(load)(from) : VEC(loadn)(from, lanes);
+#pragma GCC unroll 8
+            for (int k = 0; k < c; k++)
+                sum[k] = VEC(fma)(VEC(set1)(q[r * 2 * c + k]), row, sum[k]);
         }
+#pragma GCC unroll 8
+        for (int k = 0; k < c; k++)
+            if (lanes == LANES)
+                VEC(store)(dp + k * half + j, sum[k]);
+            else
+                VEC(storen)(dp + k * half + j, sum[k], lanes);
+#pragma GCC unroll 4
+        for (int k = 0; k < c; k += LANES) {
+            const int64_t width = boft_min(LANES, c - k);
+            VEC(vec) column[LANES]; /* of P */
+            FN(load_tile)(c - k, lanes, p + k * half + j, half, column);
+            VEC(transpose)(column);
+            for (int r = 0; r < 2 * c; r++) {
+                const REAL *from = grad + (r < c ? r : half + r - c) * 2 * half + j;
+                REAL *to = dq + r * 2 * c + k;
+                VEC(vec) products = j == 0 ? VEC(zero)() : VEC(loadn)(to, width);
+#pragma GCC unroll 16
+                for (int i = 0; i < LANES; i++)
+                    if (i < lanes)
+                        products = VEC(fma)(VEC(set1)(from[i]), column[i], products);
+                VEC(storen)(to, products, width);
+            }
+        }
+    }
+}
+
+/* transposed: c half reals. */
+VEC_ATTR static void FN(piece_backward)(int64_t c, int64_t half, const REAL *q, const REAL *p, const REAL *grad, REAL *dq,
+                                        REAL *dp, REAL *transposed)
+{
+    switch (c) {
+    case 3:
+        FN(piece_backward_of)(3, half, q, p, grad, dq, dp);
+        return;
+    case 4:
+        FN(piece_backward_of)(4, half, q, p, grad, dq, dp);
+        return;
+    case 5:
+        FN(piece_backward_of)(5, half, q, p, grad, dq, dp);
+        return;
+    case 6:
+        FN(piece_backward_of)(6, half, q, p, grad, dq, dp);
+        return;
+    case 7:
+        FN(piece_backward_of)(7, half, q, p, grad, dq, dp);
+        return;
+    case 8:
+        FN(piece_backward_of)(8, half, q, p, grad, dq, dp);
+        return;
+    }
+    FN(transpose_matrix)(c, half, p, half, transposed, c);
+    for (int64_t lower = 0; lower < 2; lower++) {
+        const REAL *rows = grad + lower * 2 * half * half;
+        FN(gemm)(c, half, c, q + lower * 2 * c * c, 1, 2 * c, rows, 2 * half, dp, half, lower > 0);
+        FN(gemm)(c, c, half, rows, 2 * half, 1, transposed, c, dq + lower * 2 * c * c, 2 * c, 0);
+    }
 }
 
 VEC_ATTR static void FN(collapse_backward)(const boft_plan *plan, const boft_level *level, int64_t begin, int64_t end,
-                                           const void *dblocks, const void *q, void *dq, void *workspace)
+                                           const void *dblocks, const void *q_all, void *dq_all, void *workspace)
 {
     const int64_t size = level->group * level->group, b = plan->b, c = b / 2, top = level->factors - 1;
-    const REAL *from = (const REAL *)dblocks + level->offset;
+    const REAL *from = (const REAL *)dblocks + level->offset, *q = q_all;
+    REAL *dq = dq_all;
     if (top == 0) {
-        memcpy((REAL *)dq + level->first * plan->d * b + begin * size, from + begin * size,
+        memcpy(dq + level->first * plan->d * b + begin * size, from + begin * size,
                (size_t)((end - begin) * size) * sizeof(REAL));
         return;
     }
-    /* above[f]: the product of the factors above f, for f = 0 ... top - 1. */
-    REAL *above = workspace, *grad = above + top * size, *strips = grad + size;
+    if (b <= BOFT_COLLAPSE_LANES_MAX_B) {
+        for (int64_t g = begin; g < end; g += VEC(VEC_LANES))
+            FN(collapse_backward_lanes)(plan, level, g, boft_min(VEC(VEC_LANES), end - g), from + g * size, q, dq,
+                                        workspace);
+        return;
+    }
+    /* The gradients of the products lie as the products do. */
+    REAL *products = workspace, *grads = products + FN(products_size)(plan, level, top);
+    REAL *transposed = grads + FN(products_size)(plan, level, top);
     for (int64_t g = begin; g < end; g++) {
-        FN(place_top_factor)(plan, level, g, q, above + (top - 1) * size);
-        for (int64_t f = top - 1; f > 0; f--) {
-            memset(above + (f - 1) * size, 0, (size_t)size * sizeof(REAL));
-            FN(multiply_factor)(plan, level, g, f, q, above + f * size, above + (f - 1) * size, strips);
-        }
-        memcpy(grad, from + g * size, (size_t)size * sizeof(REAL));
-        for (int64_t f = 0; f < top; f++)
-            FN(factor_backward)(plan, level, g, f, q, above + f * size, grad, dq, strips);
-        for (int64_t low = 0; low < (int64_t)1 << top; low++) {
-            const int64_t n = boft_factor_block(level, g, top, 0, low);
-            const FN(block_rows) rows = FN(rows_of_block)(level, top, 0, low, c);
-            FN(gather_rows)(&rows, c, level->group, grad, (REAL *)dq + ((level->first + top) * plan->blocks + n) * b * b);
+        FN(multiply_lower_factors)(plan, level, g, q, products);
+        for (int64_t f = top; f > 0; f--) {
+            const REAL *grad = f == top ? from + g * size : grads + FN(products_size)(plan, level, f);
+            for (int64_t i = 0; i < (int64_t)1 << level->factors; i++) {
+                const FN(piece) piece = FN(find_piece)(b, f, i);
+                const int64_t block = FN(block_offset)(plan, level, g, f, piece.high, piece.low) + piece.column;
+                const int64_t bottom = FN(block_offset)(plan, level, g, 0, piece.matrix, 0) + piece.low * c * b;
+                const int64_t below = f == 1 ? bottom : FN(products_size)(plan, level, f - 1) + piece.below;
+                FN(piece_backward)(c, piece.half, q + block, (f == 1 ? q : products) + below, grad + piece.at, dq + block,
+                                   (f == 1 ? dq : grads) + below, transposed);
+            }
         }
     }
 }

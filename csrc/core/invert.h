@@ -8,6 +8,8 @@
 #ifndef BOFT_INVERT_H
 #define BOFT_INVERT_H
 
+#include "cayley_sizes.h"
+
 #include <math.h>
 #include <stdint.h>
 
@@ -24,11 +26,6 @@
 static inline double boft_scaled_one(double largest)
 {
     return largest < 0x1p500 ? 1 / largest : 0x1p-500;
-}
-
-static inline int64_t boft_padded(int64_t b)
-{
-    return (b + 7) / 8 * 8;
 }
 
 /* max |s| over the b x b matrix with rows of boft_padded(b), or NaN if an entry is not finite. */
@@ -55,13 +52,18 @@ static inline int64_t boft_pivot_row(int64_t b, const double *s, int64_t k)
     return row;
 }
 
+static inline void boft_swap(int64_t n, double *x, double *y)
+{
+    for (int64_t k = 0; x != y && k < n; k++) {
+        double t = x[k];
+        x[k] = y[k];
+        y[k] = t;
+    }
+}
+
 static inline void boft_swap_rows(int64_t b, double *s, int64_t i, int64_t j)
 {
-    for (int64_t k = 0; i != j && k < b; k++) {
-        double t = s[i * boft_padded(b) + k];
-        s[i * boft_padded(b) + k] = s[j * boft_padded(b) + k];
-        s[j * boft_padded(b) + k] = t;
-    }
+    boft_swap(b, s + i * boft_padded(b), s + j * boft_padded(b));
 }
 
 /* The inverse of a row-permuted matrix has its columns permuted: undo in reverse order. */

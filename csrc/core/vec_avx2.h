@@ -101,3 +101,62 @@ VEC_FN vec_float load_f16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_
 VEC_FN vec_float loadn_f16(const uint16_t *p, int64_t n) { return _mm256_cvtph_ps(loadn_16(p, n)); }
 VEC_FN void store_f16(uint16_t *p, vec_float a) { _mm_storeu_si128((__m128i *)p, narrow_f16(a)); }
 VEC_FN void storen_f16(uint16_t *p, vec_float a, int64_t n) { storen_16(p, narrow_f16(a), n); }
+
+VEC_FN vec_double div_double(vec_double a, vec_double b) { return _mm256_div_pd(a, b); }
+VEC_FN vec_double max_double(vec_double a, vec_double b) { return _mm256_max_pd(a, b); }
+VEC_FN vec_double lane_double(vec_double a, int i)
+{
+    const __m256i both = _mm256_setr_epi32(2 * i, 2 * i + 1, 2 * i, 2 * i + 1, 2 * i, 2 * i + 1, 2 * i, 2 * i + 1);
+    return _mm256_castps_pd(_mm256_permutevar8x32_ps(_mm256_castpd_ps(a), both));
+}
+VEC_FN vec_double with_lane_double(vec_double a, int i, vec_double b)
+{
+    const __m256i here = _mm256_cmpeq_epi64(_mm256_set1_epi64x(i), _mm256_setr_epi64x(0, 1, 2, 3));
+    return _mm256_blendv_pd(a, b, _mm256_castsi256_pd(here));
+}
+
+VEC_FN vec_double load_wide_float(const float *p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
+VEC_FN vec_double loadn_wide_float(const float *p, int64_t n)
+{
+    return _mm256_cvtps_pd(_mm_maskload_ps(p, _mm256_castsi256_si128(first_lanes(n))));
+}
+VEC_FN void store_narrow_float(float *p, vec_double a) { _mm_storeu_ps(p, _mm256_cvtpd_ps(a)); }
+VEC_FN void storen_narrow_float(float *p, vec_double a, int64_t n)
+{
+    _mm_maskstore_ps(p, _mm256_castsi256_si128(first_lanes(n)), _mm256_cvtpd_ps(a));
+}
+VEC_FN vec_double load_wide_double(const double *p) { return load_double(p); }
+VEC_FN vec_double loadn_wide_double(const double *p, int64_t n) { return loadn_double(p, n); }
+VEC_FN void store_narrow_double(double *p, vec_double a) { store_double(p, a); }
+VEC_FN void storen_narrow_double(double *p, vec_double a, int64_t n) { storen_double(p, a, n); }
+
+VEC_FN void transpose_double(vec_double v[4])
+{
+    const vec_double even01 = _mm256_unpacklo_pd(v[0], v[1]), odd01 = _mm256_unpackhi_pd(v[0], v[1]);
+    const vec_double even23 = _mm256_unpacklo_pd(v[2], v[3]), odd23 = _mm256_unpackhi_pd(v[2], v[3]);
+    v[0] = _mm256_permute2f128_pd(even01, even23, 0x20);
+    v[1] = _mm256_permute2f128_pd(odd01, odd23, 0x20);
+    v[2] = _mm256_permute2f128_pd(even01, even23, 0x31);
+    v[3] = _mm256_permute2f128_pd(odd01, odd23, 0x31);
+}
+
+VEC_FN void transpose_float(vec_float v[8])
+{
+    vec_double column[4][2]; /* [k][g]: columns k and k + 4 of rows 4g ... 4g + 3 */
+#pragma GCC unroll 2
+    for (int g = 0; g < 2; g++) {
+        const vec_double low01 = _mm256_castps_pd(_mm256_unpacklo_ps(v[4 * g], v[4 * g + 1]));
+        const vec_double high01 = _mm256_castps_pd(_mm256_unpackhi_ps(v[4 * g], v[4 * g + 1]));
+        const vec_double low23 = _mm256_castps_pd(_mm256_unpacklo_ps(v[4 * g + 2], v[4 * g + 3]));
+        const vec_double high23 = _mm256_castps_pd(_mm256_unpackhi_ps(v[4 * g + 2], v[4 * g + 3]));
+        column[0][g] = _mm256_unpacklo_pd(low01, low23);
+        column[1][g] = _mm256_unpackhi_pd(low01, low23);
+        column[2][g] = _mm256_unpacklo_pd(high01, high23);
+        column[3][g] = _mm256_unpackhi_pd(high01, high23);
+    }
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; k++) {
+        v[k] = _mm256_castpd_ps(_mm256_permute2f128_pd(column[k][0], column[k][1], 0x20));
+        v[4 + k] = _mm256_castpd_ps(_mm256_permute2f128_pd(column[k][0], column[k][1], 0x31));
+    }
+}

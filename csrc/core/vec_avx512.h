@@ -115,3 +115,84 @@ VEC_FN void storen_f16(uint16_t *p, vec_float a, int64_t n)
 {
     _mm256_mask_storeu_epi16(p, first_lanes(n), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+
+/*
+ * For blocks in lanes: div, max, lane (lane i everywhere) and with_lane (lane i of b, others of a) of doubles; load_wide, loadn_wide, store_narrow and
+ * storen_narrow, suffix _T, that move VEC_LANES_double values of T from and to a vec_double; and transpose_T of as many
+ * vectors as a vector has lanes. max is for numbers: with a NaN it gives either operand.
+ */
+VEC_FN vec_double div_double(vec_double a, vec_double b) { return _mm512_div_pd(a, b); }
+VEC_FN vec_double max_double(vec_double a, vec_double b) { return _mm512_max_pd(a, b); }
+VEC_FN vec_double lane_double(vec_double a, int i) { return _mm512_permutexvar_pd(_mm512_set1_epi64(i), a); }
+VEC_FN vec_double with_lane_double(vec_double a, int i, vec_double b)
+{
+    return _mm512_mask_mov_pd(a, (__mmask8)(1u << i), b);
+}
+
+VEC_FN vec_double load_wide_float(const float *p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
+VEC_FN vec_double loadn_wide_float(const float *p, int64_t n)
+{
+    return _mm512_cvtps_pd(_mm256_maskz_loadu_ps((__mmask8)first_lanes(n), p));
+}
+VEC_FN void store_narrow_float(float *p, vec_double a) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(a)); }
+VEC_FN void storen_narrow_float(float *p, vec_double a, int64_t n)
+{
+    _mm256_mask_storeu_ps(p, (__mmask8)first_lanes(n), _mm512_cvtpd_ps(a));
+}
+VEC_FN vec_double load_wide_double(const double *p) { return load_double(p); }
+VEC_FN vec_double loadn_wide_double(const double *p, int64_t n) { return loadn_double(p, n); }
+VEC_FN void store_narrow_double(double *p, vec_double a) { store_double(p, a); }
+VEC_FN void storen_narrow_double(double *p, vec_double a, int64_t n) { storen_double(p, a, n); }
+
+/* Quarter l of out k = quarter k of in l. */
+VEC_FN void transpose_quarters(const vec_double in[4], vec_double out[4])
+{
+    const vec_double low01 = _mm512_shuffle_f64x2(in[0], in[1], 0x44), high01 = _mm512_shuffle_f64x2(in[0], in[1], 0xee);
+    const vec_double low23 = _mm512_shuffle_f64x2(in[2], in[3], 0x44), high23 = _mm512_shuffle_f64x2(in[2], in[3], 0xee);
+    out[0] = _mm512_shuffle_f64x2(low01, low23, 0x88);
+    out[1] = _mm512_shuffle_f64x2(low01, low23, 0xdd);
+    out[2] = _mm512_shuffle_f64x2(high01, high23, 0x88);
+    out[3] = _mm512_shuffle_f64x2(high01, high23, 0xdd);
+}
+
+VEC_FN void transpose_double(vec_double v[8])
+{
+    vec_double even[4], odd[4], out[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        even[i] = _mm512_unpacklo_pd(v[2 * i], v[2 * i + 1]);
+        odd[i] = _mm512_unpackhi_pd(v[2 * i], v[2 * i + 1]);
+    }
+    transpose_quarters(even, out);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
+        v[2 * i] = out[i];
+    transpose_quarters(odd, out);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
+        v[2 * i + 1] = out[i];
+}
+
+VEC_FN void transpose_float(vec_float v[16])
+{
+    vec_double column[4][4]; /* [k][g]: columns k, k + 4, k + 8, k + 12 of rows 4g ... 4g + 3 */
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; g++) {
+        const vec_double low01 = _mm512_castps_pd(_mm512_unpacklo_ps(v[4 * g], v[4 * g + 1]));
+        const vec_double high01 = _mm512_castps_pd(_mm512_unpackhi_ps(v[4 * g], v[4 * g + 1]));
+        const vec_double low23 = _mm512_castps_pd(_mm512_unpacklo_ps(v[4 * g + 2], v[4 * g + 3]));
+        const vec_double high23 = _mm512_castps_pd(_mm512_unpackhi_ps(v[4 * g + 2], v[4 * g + 3]));
+        column[0][g] = _mm512_unpacklo_pd(low01, low23);
+        column[1][g] = _mm512_unpackhi_pd(low01, low23);
+        column[2][g] = _mm512_unpacklo_pd(high01, high23);
+        column[3][g] = _mm512_unpackhi_pd(high01, high23);
+    }
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; k++) {
+        vec_double out[4];
+        transpose_quarters(column[k], out);
+#pragma GCC unroll 4
+        for (int l = 0; l < 4; l++)
+            v[4 * l + k] = _mm512_castpd_ps(out[l]);
+    }
+}

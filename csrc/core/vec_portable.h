@@ -65,3 +65,42 @@ VEC_PORTABLE_PERMUTE(double)
 VEC_PORTABLE_16(bf16)
 VEC_PORTABLE_16(f16)
 #undef VEC_PORTABLE_16
+
+VEC_FN vec_double div_double(vec_double a, vec_double b) { return a / b; }
+VEC_FN vec_double max_double(vec_double a, vec_double b)
+{
+    return (vec_double){a[0] > b[0] ? a[0] : b[0], a[1] > b[1] ? a[1] : b[1]};
+}
+VEC_FN vec_double lane_double(vec_double a, int i) { return set1_double(a[i]); }
+VEC_FN vec_double with_lane_double(vec_double a, int i, vec_double b)
+{
+    a[i] = b[i];
+    return a;
+}
+
+#define VEC_PORTABLE_LANES(T)                                                                                          \
+    VEC_FN vec_double load_wide_##T(const T *p) { return (vec_double){p[0], p[1]}; }                                   \
+    VEC_FN vec_double loadn_wide_##T(const T *p, int64_t n)                                                            \
+    {                                                                                                                  \
+        return (vec_double){n > 0 ? p[0] : 0, n > 1 ? p[1] : 0};                                                       \
+    }                                                                                                                  \
+    VEC_FN void storen_narrow_##T(T *p, vec_double a, int64_t n)                                                       \
+    {                                                                                                                  \
+        for (int64_t i = 0; i < n; i++)                                                                                \
+            p[i] = (T)a[i];                                                                                            \
+    }                                                                                                                  \
+    VEC_FN void store_narrow_##T(T *p, vec_double a) { storen_narrow_##T(p, a, VEC_LANES_double); }                    \
+    VEC_FN void transpose_##T(vec_##T v[])                                                                             \
+    {                                                                                                                  \
+        _Pragma("GCC unroll 4") for (int i = 0; i < VEC_LANES_##T; i++)                                                \
+            _Pragma("GCC unroll 4") for (int j = 0; j < i; j++)                                                        \
+            {                                                                                                          \
+                const T above = v[j][i];                                                                               \
+                v[j][i] = v[i][j];                                                                                     \
+                v[i][j] = above;                                                                                       \
+            }                                                                                                          \
+    }
+
+VEC_PORTABLE_LANES(float)
+VEC_PORTABLE_LANES(double)
+#undef VEC_PORTABLE_LANES

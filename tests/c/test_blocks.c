@@ -491,6 +491,113 @@ static void test_cayley_backward(void)
         cayley_difference_case(b);
 }
 
+/* Copies of block `from` of one array to block `to` of another. */
+static void copy_block(boft_dtype dtype, int64_t b, void *into, int64_t to, const void *blocks, int64_t from)
+{
+    const size_t one = (size_t)(b * b) * dtype_size(dtype);
+    memcpy((char *)into + (size_t)to * one, (const char *)blocks + (size_t)from * one, one);
+}
+
+/*
+ * Blocks that go through the elimination in different ways - with and without pivots, dropped, not finite - side by side
+ * in the lanes of the same vectors: each gives bit for bit what it gives alone, and so does its backward.
+ */
+static void mixed_case(boft_dtype dtype, int64_t b, int ordinary)
+{
+    enum { N = 37 };
+    const int64_t count = N * b * b;
+    const double sizes[] = {1, 1, 1e3, 1, 15, 1e30, 1, 1, 17};
+    double *a = doubles(count), *dq = doubles(count);
+    unsigned char keep[N];
+    for (int64_t n = 0; n < N; n++) {
+        const double size = ordinary ? 1 : sizes[random_below(9)];
+        keep[n] = (unsigned char)(ordinary || random_below(5) > 0);
+        for (int64_t i = 0; i < b * b; i++) {
+            a[n * b * b + i] = rounded(dtype, size * random_unit());
+            dq[n * b * b + i] = rounded(dtype, random_unit());
+        }
+        if (!ordinary && random_below(8) == 0)
+            a[n * b * b + random_below(b * b)] = random_below(2) ? NAN : INFINITY;
+    }
+    const void *in = stored(dtype, a, count, GUARD_END), *grad = stored(dtype, dq, count, GUARD_END);
+    void *q = room(dtype, count, GUARD_END), *da = room(dtype, count, GUARD_END);
+    void *alone = room(dtype, count, GUARD_START), *da_alone = room(dtype, count, GUARD_START);
+    void *one = room(dtype, b * b, GUARD_END), *dq_one = room(dtype, b * b, GUARD_END);
+    void *q_one = room(dtype, b * b, GUARD_END), *da_one = room(dtype, b * b, GUARD_END);
+    void *workspace = guarded(boft_cayley_workspace(b), 64, GUARD_END);
+    int v = 0;
+    for (const char *name; (name = next_variant(&v));) {
+        test_case("cayley %s b = %lld, %s blocks alone and together", dtype_name(dtype), (long long)b,
+                  ordinary ? "ordinary" : "mixed");
+        run_cayley(dtype, b, N, WHOLE, in, keep, q, workspace);
+        run_cayley_backward(dtype, b, N, WHOLE, grad, q, keep, da, workspace);
+        for (int64_t n = 0; n < N; n++) {
+            copy_block(dtype, b, one, 0, in, n);
+            scrub(workspace);
+            EXPECT_OK(boft_cayley(dtype, b, 0, 1, one, keep + n, q_one, workspace));
+            copy_block(dtype, b, alone, n, q_one, 0);
+            copy_block(dtype, b, dq_one, 0, grad, n);
+            scrub(workspace);
+            EXPECT_OK(boft_cayley_backward(dtype, b, 0, 1, dq_one, q_one, keep + n, da_one, workspace));
+            copy_block(dtype, b, da_alone, n, da_one, 0);
+        }
+        EXPECT_SAME("blocks alone", dtype, q, alone, count, 1, count);
+        EXPECT_SAME("gradients alone", dtype, da, da_alone, count, 1, count);
+        run_cayley(dtype, b, N, PIECES, in, keep, alone, workspace);
+        run_cayley_backward(dtype, b, N, PIECES, grad, alone, keep, da_alone, workspace);
+        EXPECT_SAME("blocks in pieces", dtype, q, alone, count, 1, count);
+        EXPECT_SAME("gradients in pieces", dtype, da, da_alone, count, 1, count);
+    }
+    release_memory();
+}
+
+static void test_lanes(void)
+{
+    const int64_t sizes[] = {1, 2, 3, 4, 5, 6, 7, 8, 10, 13, 16, 17, 20, 24, 31, 32, 33, 40, 48, 57, 64, 65};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+        for (int r = 0; r < 2; r++)
+            for (int ordinary = 0; ordinary < 2; ordinary++)
+                mixed_case(reals[r], sizes[i], ordinary);
+}
+
+/*
+ * Sizes around the edges of panels and of what products keep in cache, against the scalar variant: two eliminations, each
+ * at most b growth u64 (1 + |S|) off (expect_orthogonal), and one rounding to float32 in each.
+ */
+static void large_cayley_case(boft_dtype dtype, int64_t b, double size)
+{
+    const double *a = random_matrices(dtype, 1, b, size);
+    const void *in = stored(dtype, a, b * b, GUARD_END);
+    void *q = room(dtype, b * b, GUARD_END), *workspace = guarded(boft_cayley_workspace(b), 64, GUARD_END);
+    double *truth = doubles(b * b), *bound = doubles(b * b), *s = doubles(b * b);
+    EXPECT_OK(boft_cpu_select("scalar"));
+    EXPECT_OK(boft_cayley(dtype, b, 0, 1, in, NULL, q, workspace));
+    skew(b, a, s);
+    const double elimination = 2 * (double)b * growth * unit_roundoff(BOFT_F64) * (1 + norm_of_skew(b, s));
+    for (int64_t i = 0; i < b * b; i++) {
+        truth[i] = get(dtype, q, i);
+        bound[i] = elimination + (dtype == BOFT_F32 ? 2 * unit_roundoff(dtype) * fabs(truth[i]) : 0);
+    }
+    int v = 0;
+    for (const char *name; (name = next_variant(&v));) {
+        test_case("cayley %s b = %lld, entries of %g, against scalar", dtype_name(dtype), (long long)b, size);
+        scrub(q);
+        scrub(workspace);
+        EXPECT_OK(boft_cayley(dtype, b, 0, 1, in, NULL, q, workspace));
+        EXPECT_CLOSE("Q", dtype, q, b, b, b, truth, bound);
+    }
+    release_memory();
+}
+
+static void test_large_cayley(void)
+{
+    const int64_t sizes[] = {41, 47, 63, 65, 71, 72, 73, 97, 127, 128, 129, 192, 255, 256, 257, 511, 513, 649};
+    const double entries[] = {1, 16, 1e3};
+    for (int i = 0; i < 18; i++)
+        for (int k = 0; k < 3; k++)
+            large_cayley_case(reals[(i + k) % 2], sizes[i], entries[k]);
+}
+
 static void test_cayley_refusals(void)
 {
     float a[4] = {0}, q[4];
@@ -808,6 +915,12 @@ static void test_collapse(void)
                 continue;
             collapse_case(shapes[i], reals[r], (i + r) % 2);
         }
+    /* More groups than lanes, not a multiple of them; chunks from one channel to more than a vector of them. */
+    const shape many[] = {{37 * 4, 2, 2},  {37 * 16, 2, 4},   {41 * 8, 4, 2},   {19 * 32, 4, 4},  {21 * 12, 6, 2},
+                          {5 * 56, 14, 3}, {3 * 144, 36, 3}, {2 * 512, 2, 9}, {3 * 200, 100, 2}};
+    for (size_t i = 0; i < sizeof many / sizeof *many; i++)
+        for (int r = 0; r < 2; r++)
+            collapse_case(many[i], reals[r], r == (int)i % 2);
     const shape differences[] = {{6, 3, 1}, {12, 2, 2}, {32, 4, 3}, {96, 8, 3}, {64, 2, 5}, {512, 2, 9}, {60, 10, 2}};
     for (size_t i = 0; i < sizeof differences / sizeof *differences; i++)
         collapse_difference_case(differences[i]);
@@ -859,6 +972,8 @@ int main(int argc, char **argv)
     test_extreme_parameters();
     test_nan_parameters();
     test_cayley_backward();
+    test_lanes();
+    test_large_cayley();
     test_cayley_refusals();
     test_collapse();
     test_collapse_refusals();
