@@ -14,13 +14,14 @@ export OMP_WAIT_POLICY ?= PASSIVE
 BUILT := $(VENV)/built-portable$(BOFT_PORTABLE)
 SOURCES := setup.py pyproject.toml $(shell find csrc)
 
-.PHONY: help build demo test test-peft clean
+.PHONY: help build demo test test-peft bench clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo       fine-tune a small pretrained model with BOFT and compare: examples/finetune_text.py'
 	@echo 'make test       run the tests of the C core and of the Python package'
 	@echo "make test-peft  run PEFT's own BOFT tests with boft_ext patched in"
+	@echo 'make bench      measure operators, layers and models beside LoRA, OFT and other forms of BOFT: benchmarks/'
 	@echo 'make build      only make the environment $(VENV) and build the extension in place'
 	@echo 'make clean      remove what the build made; the environment $(VENV) stays'
 
@@ -47,7 +48,10 @@ test: $(BUILT)
 test-peft: $(BUILT)
 	$(PY) tests/run_peft_suite.py
 
+bench: $(BUILT)
+	$(PY) -m benchmarks
+
 clean:
 	rm -rf build dist *.egg-info boft_ext/_build.py boft_ext/*.so $(VENV)/built-*
-	find boft_ext tests examples -name __pycache__ -prune -exec rm -rf {} +
+	find boft_ext tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
 	if [ -f tests/c/Makefile ]; then $(MAKE) -C tests/c clean; fi
