@@ -1,0 +1,48 @@
+"""``python -m benchmarks [ops] [layers] [models]``: measure and write CSV files."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+from pathlib import Path
+
+# Read when torch's threads start. Threads that spin while they wait take the processor from the next step.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+LEVELS = ("ops", "layers", "models")
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line; exits with one line for a bad one."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Measure boft_ext beside the frozen model, LoRA, OFT and other forms of BOFT; one CSV file a level.",
+    )
+    parser.add_argument("levels", nargs="*", metavar="level", help=f"{', '.join(LEVELS)}; all of them if none is named")
+    parser.add_argument("--quick", action="store_true", help="a subset that takes five minutes for all levels")
+    parser.add_argument("--threads", type=int, help="threads for torch; otherwise torch's own choice")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the CSV files")
+    parser.add_argument("--only", metavar="TEXT", help="only cases whose name contains TEXT")
+    options = parser.parse_args(arguments)
+    for level in options.levels:
+        if level not in LEVELS:
+            parser.error(f"there is no level {level!r}; levels are {', '.join(LEVELS)}")
+    if options.threads is not None and options.threads < 1:
+        parser.error(f"--threads must be at least 1, got {options.threads}")
+    return options
+
+
+def main() -> None:
+    options = parse_arguments()
+    import torch
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    for level in options.levels or LEVELS:
+        importlib.import_module(f"benchmarks.{level}").run(options.out, options.quick, options.only)
+
+
+if __name__ == "__main__":
+    main()
