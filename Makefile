@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 BUILT := $(VENV)/built-portable$(BOFT_PORTABLE)
 SOURCES := setup.py pyproject.toml $(shell find csrc)
 
-.PHONY: help build demo test test-peft bench clean
+.PHONY: help build demo test test-peft bench plots clean
 .DELETE_ON_ERROR:
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo 'make test       run the tests of the C core and of the Python package'
 	@echo "make test-peft  run PEFT's own BOFT tests with boft_ext patched in"
 	@echo 'make bench      measure operators, layers and models beside LoRA, OFT and other forms of BOFT: benchmarks/'
+	@echo 'make plots      draw what make bench measured: benchmarks/results/*.png'
 	@echo 'make build      only make the environment $(VENV) and build the extension in place'
 	@echo 'make clean      remove what the build made; the environment $(VENV) stays'
 
@@ -50,6 +51,9 @@ test-peft: $(BUILT)
 
 bench: $(BUILT)
 	$(PY) -m benchmarks
+
+plots: $(BUILT)
+	$(PY) -m benchmarks.plots
 
 clean:
 	rm -rf build dist *.egg-info boft_ext/_build.py boft_ext/*.so $(VENV)/built-*

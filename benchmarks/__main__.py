@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 from pathlib import Path
+from typing import NoReturn
 
 # Read when torch's threads start. Threads that spin while they wait take the processor from the next step.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -14,9 +15,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 LEVELS = ("ops", "layers", "models")
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports a bad argument in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line; exits with one line for a bad one."""
-    parser = argparse.ArgumentParser(
+    """The command line, with the folder for the results created; SystemExit 2 after one line for a bad one."""
+    parser = _Parser(
         prog="python -m benchmarks",
         description="Measure boft_ext beside the frozen model, LoRA, OFT and other forms of BOFT; one CSV file a level.",
     )
@@ -31,17 +39,23 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"there is no level {level!r}; levels are {', '.join(LEVELS)}")
     if options.threads is not None and options.threads < 1:
         parser.error(f"--threads must be at least 1, got {options.threads}")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"cannot write to {options.out}: {error.strerror}")
     return options
 
 
 def main() -> None:
+    """Run the levels that the command line names."""
     options = parse_arguments()
     import torch
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    for level in options.levels or LEVELS:
-        importlib.import_module(f"benchmarks.{level}").run(options.out, options.quick, options.only)
+    for level in LEVELS:
+        if level in (options.levels or LEVELS):
+            importlib.import_module(f"benchmarks.{level}").run(options.out, options.quick, options.only)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The C interface of the kernels (csrc/include/boft.h) on the memory of tensors, without torch's operators around it.
 
 Every function here describes one call of an entry point as a `Task`, whose range can be split over threads; `serial`
-and `benchmarks.workers` run tasks. Tensors must be contiguous, on the CPU, and stay alive as long as the calls.
-ValueError, with the message of the core, for what the core refuses.
+and `benchmarks.workers` run tasks. Tensors must be contiguous and on the CPU; calls keep them alive. ValueError, with the
+message of the core, for what the core refuses.
 """
 
 from __future__ import annotations
@@ -110,12 +110,14 @@ Call = Callable[[], object]
 class Task(NamedTuple):
     """Work on the range [0, `count`), each part of it with a workspace of its own.
 
-    Attributes: `bind` makes the call for a part, given (begin, end, address of the workspace).
+    Attributes: `bind` makes the call for a part, given (begin, end, address of the workspace). `tensors`: the memory
+    that the call uses by address.
     """
 
     count: int
     workspace_bytes: int
-    bind: Callable[[int, int, int | None], Call]
+    bind: Callable[[int, int, int], functools.partial]
+    tensors: tuple[Tensor | None, ...]
 
 
 def split(task: Task, parts: int) -> list[Call]:
@@ -123,19 +125,12 @@ def split(task: Task, parts: int) -> list[Call]:
     cuts = [task.count * part // parts for part in range(parts + 1)]
     calls = []
     for begin, end in zip(cuts, cuts[1:]):
-        # torch aligns what it allocates to 64 bytes. The call keeps the workspace alive.
+        # torch aligns what it allocates to 64 bytes.
         workspace = torch.empty(max(1, task.workspace_bytes), dtype=torch.uint8)
-        calls.append(_Kept(task.bind(begin, end, workspace.data_ptr()), workspace))
+        call = task.bind(begin, end, workspace.data_ptr())
+        call.kept = (workspace, *task.tensors)
+        calls.append(call)
     return calls
-
-
-class _Kept(functools.partial):
-    """A call with what must live as long as it does."""
-
-    def __new__(cls, call: Call, kept: object) -> _Kept:
-        self = super().__new__(cls, call)
-        self.kept = kept
-        return self
 
 
 def serial(*tasks: Task) -> None:
@@ -165,50 +160,50 @@ def cayley(a: Tensor, q: Tensor) -> Task:
     """q = Cayley(a), both (..., b, b) float32 or float64. The range counts blocks."""
     b = a.shape[-1]
 
-    def bind(begin: int, end: int, workspace: int | None) -> Call:
+    def bind(begin: int, end: int, workspace: int) -> functools.partial:
         return functools.partial(_cayley, _DTYPES[a.dtype], b, begin, end, _at(a), None, _at(q), workspace)
 
-    return Task(a.numel() // (b * b), _cayley_workspace(b), bind)
+    return Task(a.numel() // (b * b), _cayley_workspace(b), bind, (a, q))
 
 
 def cayley_backward(dq: Tensor, q: Tensor, da: Tensor) -> Task:
     """da, the gradient of Cayley's argument; shapes and range as for `cayley`."""
     b = q.shape[-1]
 
-    def bind(begin: int, end: int, workspace: int | None) -> Call:
+    def bind(begin: int, end: int, workspace: int) -> functools.partial:
         pointers = (_at(dq), _at(q), None, _at(da), workspace)
         return functools.partial(_cayley_backward, _DTYPES[q.dtype], b, begin, end, *pointers)
 
-    return Task(q.numel() // (b * b), _cayley_workspace(b), bind)
+    return Task(q.numel() // (b * b), _cayley_workspace(b), bind, (dq, q, da))
 
 
 def collapse(plan: Plan, level: int, q: Tensor, blocks: Tensor) -> Task:
     """The blocks of one level in the vector `blocks`, from q (m, D, b, b). The range counts groups."""
 
-    def bind(begin: int, end: int, workspace: int | None) -> Call:
+    def bind(begin: int, end: int, workspace: int) -> functools.partial:
         return functools.partial(_collapse, plan, _DTYPES[q.dtype], level, begin, end, _at(q), _at(blocks), workspace)
 
-    return Task(plan.d // plan.level[level].group, _collapse_workspace(plan, _DTYPES[q.dtype]), bind)
+    return Task(plan.d // plan.level[level].group, _collapse_workspace(plan, _DTYPES[q.dtype]), bind, (q, blocks))
 
 
 def collapse_backward(plan: Plan, level: int, dblocks: Tensor, q: Tensor, dq: Tensor) -> Task:
     """dq of one level's factors from the gradient of its blocks. The range counts groups."""
 
-    def bind(begin: int, end: int, workspace: int | None) -> Call:
+    def bind(begin: int, end: int, workspace: int) -> functools.partial:
         pointers = (_at(dblocks), _at(q), _at(dq), workspace)
         return functools.partial(_collapse_backward, plan, _DTYPES[q.dtype], level, begin, end, *pointers)
 
-    return Task(plan.d // plan.level[level].group, _collapse_workspace(plan, _DTYPES[q.dtype]), bind)
+    return Task(plan.d // plan.level[level].group, _collapse_workspace(plan, _DTYPES[q.dtype]), bind, (dblocks, q, dq))
 
 
 def transpose(plan: Plan, level: int, blocks: Tensor, transposed: Tensor) -> Task:
     """Each block of one level transposed. The range counts groups."""
 
-    def bind(begin: int, end: int, workspace: int | None) -> Call:
+    def bind(begin: int, end: int, workspace: int) -> functools.partial:
         pointers = (_at(blocks), _at(transposed))
         return functools.partial(_transpose, plan, _DTYPES[blocks.dtype], level, begin, end, *pointers)
 
-    return Task(plan.d // plan.level[level].group, 0, bind)
+    return Task(plan.d // plan.level[level].group, 0, bind, (blocks, transposed))
 
 
 def rotate(plan: Plan, x: Tensor, blocks: Tensor, y: Tensor) -> Task:
@@ -218,10 +213,10 @@ def rotate(plan: Plan, x: Tensor, blocks: Tensor, y: Tensor) -> Task:
         x=_at(x), x_stride=plan.d, blocks=_at(blocks), y=_at(y), y_stride=plan.d,
     )  # fmt: skip
 
-    def bind(begin: int, end: int, workspace: int | None) -> Call:
+    def bind(begin: int, end: int, workspace: int) -> functools.partial:
         return functools.partial(_rotate, args, begin, end, workspace)
 
-    return Task(x.shape[0], _rotate_workspace(plan, _DTYPES[x.dtype]), bind)
+    return Task(x.shape[0], _rotate_workspace(plan, _DTYPES[x.dtype]), bind, (x, blocks, y))
 
 
 def rotate_backward_splits(plan: Plan, rows: int) -> int:
@@ -239,21 +234,22 @@ def rotate_backward(
         dx=_at(dx), dx_stride=plan.d, dblocks=_at(parts),
     )  # fmt: skip
 
-    def bind(begin: int, end: int, workspace: int | None) -> Call:
+    def bind(begin: int, end: int, workspace: int) -> functools.partial:
         return functools.partial(_rotate_backward, args, begin, end, workspace)
 
     count = _rotate_backward_tasks(plan, x.shape[0])
-    return Task(count, _rotate_backward_workspace(plan, _DTYPES[x.dtype]), bind)
+    tensors = (dy, x, blocks, blocks_back, dx, parts)
+    return Task(count, _rotate_backward_workspace(plan, _DTYPES[x.dtype]), bind, tensors)
 
 
 def sum_splits(parts: Tensor, out: Tensor) -> Task:
     """out = parts[0] + parts[1] + ..., for parts (splits, n). The range counts elements."""
 
-    def bind(begin: int, end: int, workspace: int | None) -> Call:
+    def bind(begin: int, end: int, workspace: int) -> functools.partial:
         sizes = (parts.shape[0], parts.shape[1])
         return functools.partial(_sum_splits, _DTYPES[parts.dtype], *sizes, _at(parts), _at(out), begin, end)
 
-    return Task(parts.shape[1], 0, bind)
+    return Task(parts.shape[1], 0, bind, (parts, out))
 
 
 def scale(z: Tensor, s: Tensor, bias: Tensor | None, out: Tensor) -> Task:
@@ -264,10 +260,10 @@ def scale(z: Tensor, s: Tensor, bias: Tensor | None, out: Tensor) -> Task:
         out_stride=n,
     )  # fmt: skip
 
-    def bind(begin: int, end: int, workspace: int | None) -> Call:
+    def bind(begin: int, end: int, workspace: int) -> functools.partial:
         return functools.partial(_scale, args, begin, end)
 
-    return Task(rows, 0, bind)
+    return Task(rows, 0, bind, (z, s, bias, out))
 
 
 def scale_backward_splits(rows: int) -> int:
@@ -283,7 +279,7 @@ def scale_backward(dy: Tensor, z: Tensor, s: Tensor, bias: Tensor | None, dz: Te
         bias=_at(bias), dz=_at(dz), dz_stride=n, ds=_at(parts), dbias=None, bias_detached=0,
     )  # fmt: skip
 
-    def bind(begin: int, end: int, workspace: int | None) -> Call:
+    def bind(begin: int, end: int, workspace: int) -> functools.partial:
         return functools.partial(_scale_backward, args, begin, end)
 
-    return Task(_scale_backward_splits(rows), 0, bind)
+    return Task(_scale_backward_splits(rows), 0, bind, (dy, z, s, bias, dz, parts))

@@ -173,7 +173,7 @@ def _here(calls: Sequence[Call]) -> Sample:
 
 def _copy(x: Tensor, y: Tensor) -> Task:
     """y = x by torch, split by the first axis."""
-    return Task(x.shape[0], 0, lambda begin, end, workspace: functools.partial(y[begin:end].copy_, x[begin:end]))
+    return Task(x.shape[0], 0, lambda begin, end, _: functools.partial(y[begin:end].copy_, x[begin:end]), ())
 
 
 def _references(workers: Workers, pairs: Sequence[tuple[Tensor, Tensor]]) -> Entries:

@@ -143,7 +143,7 @@ def run(table_dir: Path, quick: bool, only: str | None) -> None:
         return
     table = Table(table_dir / "ops.csv", COLUMNS)
     budget_s = 0.25 if quick else 0.5
-    with tqdm(total=len(jobs), desc="ops", unit="case", disable=None) as progress:
+    with tqdm(total=len(jobs), desc="ops", unit="case") as progress:
         for setting in chosen:
             with _in_force(setting) as pools, torch.no_grad():
                 peaks = {pool.count: fma_peak(pool) for pool in pools}
