@@ -12,6 +12,7 @@ import argparse
 import csv
 import math
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -107,14 +108,15 @@ def bars(path: Path, rows: Sequence[Row], column: str, title: str) -> None:
     for axis, (panel, of_panel) in zip(axes.flat, panels.items()):
         _bar_panel(axis, of_panel, column, providers, dtypes)
         axis.set_title(panel, fontsize=9)
-        if logarithmic:
-            axis.set_yscale("log")
-        # Room for the numbers over the bars.
-        low, high = axis.get_ylim()
-        axis.set_ylim(low, high**1.15 / low**0.15 if logarithmic and low > 0 else high * 1.1)
+    # The axes are shared: one scale for all. The factors leave room for the numbers over the bars.
+    if logarithmic:
+        axes[0, 0].set(yscale="log", ylim=(min(values) / 1.5, max(values) * (max(values) / min(values)) ** 0.25))
+        axes[0, 0].yaxis.set_major_formatter("{x:g}")
+    else:
+        axes[0, 0].set_ylim(0, max(values) * 1.2)
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
-    figure.suptitle(f"{title}\n{_conditions(rows)}", fontsize=10)
+    figure.suptitle(f"{title}\n{textwrap.fill(_conditions(rows), round(13 * size[0]))}", fontsize=10)
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=COLOURS[dtype]) for dtype in dtypes]
     figure.legend(handles, dtypes, loc="outside lower center", ncols=len(dtypes))
     _save(figure, path)
