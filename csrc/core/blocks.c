@@ -77,8 +77,8 @@ boft_status boft_cayley_backward(boft_dtype dtype, int64_t b, int64_t begin, int
 size_t boft_collapse_workspace(const boft_plan *plan, boft_dtype dtype)
 {
     /*
-     * Backward of the largest level: the products of its lower factors and their gradients, less than group x group each,
-     * and half a row of chunks transposed. The scalar variant: a product, its gradient, and a row of a block.
+     * Backward of the largest level: the products of its lower factors and their gradients, less than group x group
+     * each, and half a row of chunks transposed. The scalar variant: a product, its gradient, and a row of a block.
      */
     int64_t group = 0;
     for (int64_t i = 0; i < plan->levels; i++)

@@ -3,8 +3,8 @@
  *
  * Column by column, step l takes the pivot row l, divides it by its pivot, and adds factor -s(i, l) times it to every
  * other row i; column l then becomes the inverse's. Here steps are taken a panel of columns at a time: first in the
- * panel's columns alone, keeping the factors, then in all others, where the panel's pivot rows are done by themselves and
- * every other row gets their sum, a product. An entry still goes through the same operations in the same order, so
+ * panel's columns alone, keeping the factors, then in all others, where the panel's pivot rows are done by themselves
+ * and every other row gets their sum, a product. An entry still goes through the same operations in the same order, so
  * neither its value nor its error depends on how wide panels are.
  */
 #ifndef BOFT_CAYLEY_INVERT_H
@@ -28,8 +28,8 @@ typedef struct elimination {
 enum { FEW = 8, FEW_VECTORS = FEW / VEC_LANES_double };
 
 /*
- * Of at most 8 columns from k on, the steps in their own rows and columns, and the factors of these. upper: pivot row l in
- * columns beyond l, otherwise 0; lower: in columns up to l.
+ * Of at most 8 columns from k on, the steps in their own rows and columns, and the factors of these. upper: pivot row l
+ * in columns beyond l, otherwise 0; lower: in columns up to l.
  */
 VEC_FN void eliminate_few_in_square(const elimination *e, int64_t k, int64_t w, double *factors, double upper[FEW][FEW],
                                     double lower[FEW][FEW])
@@ -102,7 +102,8 @@ VEC_FN void take_factors(const elimination *e, int64_t k, int64_t first, int64_t
         }
 #pragma GCC unroll 8
         for (int l = 0; l < FEW - 1; l++) {
-            const vec_double times = sub_double(zero_double(), lane_double(factor[l / VEC_LANES_double], l % VEC_LANES_double));
+            const vec_double entry = lane_double(factor[l / VEC_LANES_double], l % VEC_LANES_double);
+            const vec_double times = sub_double(zero_double(), entry);
 #pragma GCC unroll 4
             for (int v = (l + 1) / VEC_LANES_double; v < FEW_VECTORS; v++)
                 factor[v] = fma_double(times, load_double(upper[l] + v * VEC_LANES_double), factor[v]);
@@ -202,8 +203,8 @@ VEC_FN void add_pivot_rows_elsewhere(const elimination *e, int64_t k, int64_t w,
 }
 
 /* The steps of w columns from k on in columns first ... end-1, which are others, of all rows. */
-VEC_ATTR static void eliminate_elsewhere(const elimination *e, int64_t k, int64_t w, const double *factors, int64_t first,
-                                         int64_t end)
+VEC_ATTR static void eliminate_elsewhere(const elimination *e, int64_t k, int64_t w, const double *factors,
+                                         int64_t first, int64_t end)
 {
     if (first == end)
         return;
@@ -247,7 +248,7 @@ VEC_ATTR static void eliminate(const elimination *e, int64_t k, int64_t w, doubl
     eliminate_elsewhere(e, k, w, factors, after, end);
 }
 
-/* s = s^-1, n rows of stride boft_padded(n), zero from column n to a multiple of 8. workspace: boft_invert_workspace(n). */
+/* s = s^-1: n rows of stride boft_padded(n), 0 from column n to a multiple of 8. Needs boft_invert_workspace(n). */
 VEC_ATTR static void invert(int64_t n, double *s, int pivoted, void *workspace)
 {
     elimination e = {.n = n, .ld = boft_padded(n), .s = s, .factors = workspace, .panel = boft_panel(n)};

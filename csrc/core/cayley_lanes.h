@@ -1,13 +1,13 @@
 /*
- * Inverses of as many b x b matrices as a vector has doubles, one matrix in each lane: entry (i, j) of all of them is the
- * vector at s + (i ld + j) VEC_LANES_double. The operations on an entry and their order are those of cayley_invert.h, so a
- * matrix has the same inverse here, in any lane, as there.
+ * Inverses of as many b x b matrices as a vector has doubles, one matrix in each lane: entry (i, j) of all of them is
+ * the vector at s + (i ld + j) VEC_LANES_double. The operations on an entry and their order are those of
+ * cayley_invert.h, so a matrix has the same inverse here, in any lane, as there.
  */
 #ifndef BOFT_CAYLEY_LANES_H
 #define BOFT_CAYLEY_LANES_H
 
 enum {
-    /* Columns eliminated together. A wider panel loads each entry less often, but its factors must fit the registers. */
+    /* Columns eliminated together: a wider panel loads entries less often, but its factors must fit the registers. */
     LANES_PANEL = VEC_LANES_double == 8 ? 4 : 2,
 };
 
@@ -25,8 +25,8 @@ typedef struct lanes_panel {
 } lanes_panel;
 
 /*
- * The square of rows and columns k ... k+w-1 becomes its inverse. rows: the panel's pivot rows as they are when their turn
- * comes, b columns, of which these w are written; entries that the elimination of other rows consumes are 0 there.
+ * The square of rows and columns k ... k+w-1 becomes its inverse. rows: the panel's pivot rows as they are when their
+ * turn comes, b columns, of which these w are written; entries that the elimination of other rows consumes are 0 there.
  */
 VEC_FN void eliminate_square(const int w, int64_t b, int64_t ld, int64_t k, double *s, double *rows, lanes_panel *panel)
 {
@@ -66,8 +66,8 @@ VEC_FN void eliminate_square(const int w, int64_t b, int64_t ld, int64_t k, doub
 }
 
 /* The same for columns first ... end-1 of the panel's rows. */
-VEC_FN void eliminate_pivot_rows_in_lanes(const int w, const lanes_panel *panel, int64_t b, int64_t ld, int64_t k, int64_t first,
-                                 int64_t end, double *s, double *rows)
+VEC_FN void eliminate_pivot_rows_in_lanes(const int w, const lanes_panel *panel, int64_t b, int64_t ld, int64_t k,
+                                          int64_t first, int64_t end, double *s, double *rows)
 {
     for (int64_t j = first; j < end; j++) {
         vec_double d[LANES_PANEL];
@@ -90,8 +90,9 @@ VEC_FN void eliminate_pivot_rows_in_lanes(const int w, const lanes_panel *panel,
 }
 
 /* Columns first ... end-1 of rows i ... i+height-1, taken as 0 if `fresh`, plus factor times the pivot rows. */
-VEC_FN void add_pivot_rows_in_lanes(const int height, const int w, const int fresh, vec_double factor[4][LANES_PANEL], int64_t b,
-                           int64_t ld, int64_t i, int64_t first, int64_t end, double *s, const double *rows)
+VEC_FN void add_pivot_rows_in_lanes(const int height, const int w, const int fresh, vec_double factor[4][LANES_PANEL],
+                                    int64_t b, int64_t ld, int64_t i, int64_t first, int64_t end, double *s,
+                                    const double *rows)
 {
     for (int64_t j = first; j < end; j++) {
         vec_double sum[4];

@@ -57,7 +57,7 @@ VEC_FN void FN(store_lanes)(int64_t count, const REAL *lanes, REAL *const to[])
         VEC(storen)(to[i] + at, v[i], count - at);
 }
 
-/* Of a group, the lanes that s has: s = I + S in double; largest = max |S| in each, or NaN if an entry is not finite. */
+/* Of a group, the lanes that s has: s = I + S in double. largest: max |S| in each, or NaN if an entry is not finite. */
 VEC_FN void FN(skew_lanes)(int64_t b, const REAL *a, double *s, double largest[VEC_LANES_double])
 {
     enum { LANES = VEC(VEC_LANES) };
@@ -66,8 +66,8 @@ VEC_FN void FN(skew_lanes)(int64_t b, const REAL *a, double *s, double largest[V
     vec_double most = zero_double(), sick = zero_double();
     for (int64_t i = 0; i < b; i++) {
         for (int64_t j = 0; j < i; j++) {
-            const vec_double above = mul_double(half, VEC(load_wide)(a + (j * b + i) * LANES));
-            const vec_double skew = fma_double(half, VEC(load_wide)(a + (i * b + j) * LANES), sub_double(zero_double(), above));
+            const vec_double above = mul_double(set1_double(-0.5), VEC(load_wide)(a + (j * b + i) * LANES));
+            const vec_double skew = fma_double(half, VEC(load_wide)(a + (i * b + j) * LANES), above);
             const vec_double minus = sub_double(zero_double(), skew);
             store_double(s + (i * ld + j) * VEC_LANES_double, skew);
             store_double(s + (j * ld + i) * VEC_LANES_double, minus);
@@ -95,8 +95,8 @@ VEC_FN void FN(cayley_of_inverse_lanes)(int64_t b, const double *s, REAL *q)
 }
 
 /*
- * Cayley of those of `count` consecutive blocks that are kept, need no pivoting and are enough; bit i of the result says
- * whether block i was one. workspace: a group, the doubles of some of its lanes and some more rows, a block.
+ * Cayley of those of `count` consecutive blocks that are kept, need no pivoting and are enough; bit i of the result
+ * says whether block i was one. workspace: a group, the doubles of some of its lanes and some more rows, a block.
  */
 VEC_ATTR static unsigned FN(cayley_lanes)(int64_t b, int64_t count, const REAL *a, const unsigned char *keep, REAL *q,
                                           void *workspace)

@@ -1,6 +1,7 @@
 /*
- * As gemm, for factors of any size: parts of A and B that a long product reads many times are copied to where they stay in
- * cache. Elements of C are the same chains of multiply-adds as in gemm. workspace: boft_product_workspace(rows, depth).
+ * As gemm, for factors of any size: parts of A and B that a long product reads many times are copied to where they stay
+ * in cache. Elements of C are the same chains of multiply-adds as in gemm. workspace: boft_product_workspace(rows,
+ * depth).
  */
 VEC_ATTR static void FN(product)(int64_t rows, int64_t columns, int64_t depth, const REAL *a, int64_t a_row,
                                  int64_t a_depth, const REAL *b, int64_t ldb, REAL *c, int64_t ldc, int accumulate,

@@ -1,6 +1,6 @@
 /*
- * Cayley and its backward: small blocks in the lanes of vectors, larger ones by themselves. Which way a block goes depends
- * on its size and its entries alone.
+ * Cayley and its backward: small blocks in the lanes of vectors, larger ones by themselves. A block of the forward pass
+ * has the same bits either way, so which way it goes may depend on how many there are.
  */
 #include "cayley_invert.h"
 #include "cayley_lanes.h"
@@ -83,7 +83,8 @@ VEC_ATTR static void FN(cayley_block)(int64_t b, const REAL *a, int kept, REAL *
         int64_t j = 0;
         for (; j + VEC_LANES_double <= b; j += VEC_LANES_double)
             VEC(store_narrow)(q + i * b + j, mul_double(twice, load_double(row + j)));
-        VEC(storen_narrow)(q + i * b + j, mul_double(twice, load_double(row + j)), b - j);
+        if (j < b)
+            VEC(storen_narrow)(q + i * b + j, mul_double(twice, load_double(row + j)), b - j);
         q[i * b + i] = (REAL)(isnan(largest) ? NAN : 2 * one * row[i] - 1);
     }
 }

@@ -1,10 +1,10 @@
 /*
- * Collapse and its backward for chunks of one or two channels, which are too short for vectors: as many groups at a time
- * as a vector has lanes, each element a vector with one lane for each of them. Pieces and products are those of
+ * Collapse and its backward for chunks of one or two channels, which are too short for vectors: as many groups at a
+ * time as a vector has lanes, each element a vector with one lane for each of them. Pieces and products are those of
  * collapse_template.h; products 0 are the bottom factor's blocks.
  */
 
-/* Loads or stores (with `store`) the blocks of groups g ... g+count-1: all of factor 0 by `high`, then of factor 1, ... */
+/* Loads or stores (with `store`) the blocks of groups g ... g+count-1: those of factor 0, then of factor 1, ... */
 VEC_FN void FN(move_factors)(const boft_plan *plan, const boft_level *level, int64_t g, int64_t count, const int store,
                              const REAL *q, REAL *dq, REAL *lanes, REAL *nowhere)
 {
@@ -137,12 +137,14 @@ VEC_FN void FN(piece_backward_lanes)(const int c, int64_t half, const REAL *grad
 }
 
 /* dblocks: of group g. */
-VEC_ATTR static void FN(collapse_backward_lanes)(const boft_plan *plan, const boft_level *level, int64_t g, int64_t count,
-                                                 const REAL *dblocks, const REAL *q, REAL *dq, void *workspace)
+VEC_ATTR static void FN(collapse_backward_lanes)(const boft_plan *plan, const boft_level *level, int64_t g,
+                                                 int64_t count, const REAL *dblocks, const REAL *q, REAL *dq,
+                                                 void *workspace)
 {
     enum { LANES = VEC(VEC_LANES) };
     const int64_t size = level->group * level->group, top = level->factors - 1;
-    REAL *factors = workspace, *grads = FN(product_in_lanes)(plan, level, top, factors), *nowhere = grads + size * LANES;
+    REAL *factors = workspace, *grads = FN(product_in_lanes)(plan, level, top, factors);
+    REAL *nowhere = grads + size * LANES;
     const REAL *from[LANES];
     FN(move_factors)(plan, level, g, count, 0, q, NULL, factors, NULL);
     FN(multiply_factors_lanes)(plan, level, top - 1, factors);

@@ -7,8 +7,8 @@
  *     rows (bit', low) = Q[chunk bit', chunk bit] P[row chunk low]     for bit' = 0 and 1,
  *
  * where Q is block (high, low) of factor f, and P matrix (high, bit) of the product of factors 0 ... f-1, n / 2 rows of
- * n / 2 columns. One such pair of row chunks by half the columns, c n / 2 values each, is a "piece" below. In an array of
- * products the matrices of one lie one after the other.
+ * n / 2 columns. One such pair of row chunks by half the columns, c n / 2 values each, is a "piece" below. In an array
+ * of products the matrices of one lie one after the other.
  */
 
 /* Piece i of 2^factors of the product of factors 0 ... f. */
@@ -47,6 +47,14 @@ VEC_FN int64_t FN(block_offset)(const boft_plan *plan, const boft_level *level, 
 VEC_FN int64_t FN(products_size)(const boft_plan *plan, const boft_level *level, int64_t f)
 {
     return level->group * plan->b * (((int64_t)1 << f) - 2);
+}
+
+/* Where P of a piece starts: in q if it is of one factor, in the products otherwise. */
+VEC_FN int64_t FN(below_offset)(const boft_plan *plan, const boft_level *level, int64_t g, int64_t f, FN(piece) piece)
+{
+    if (f == 1)
+        return FN(block_offset)(plan, level, g, 0, piece.matrix, 0) + piece.low * plan->b * plan->b / 2;
+    return FN(products_size)(plan, level, f - 1) + piece.below;
 }
 
 #include "collapse_lanes_template.h"
@@ -108,8 +116,7 @@ VEC_FN void FN(multiply_factor)(const boft_plan *plan, const boft_level *level, 
     for (int64_t i = 0; i < (int64_t)1 << level->factors; i++) {
         const FN(piece) piece = FN(find_piece)(plan->b, f, i);
         const REAL *block = q + FN(block_offset)(plan, level, g, f, piece.high, piece.low);
-        const REAL *p = f == 1 ? q + FN(block_offset)(plan, level, g, 0, piece.matrix, 0) + piece.low * plan->b * plan->b / 2
-                               : products + FN(products_size)(plan, level, f - 1) + piece.below;
+        const REAL *p = (f == 1 ? q : products) + FN(below_offset)(plan, level, g, f, piece);
         FN(multiply_piece)(plan->b / 2, piece.half, block + piece.column, p, to + piece.at);
     }
 }
@@ -145,8 +152,8 @@ VEC_ATTR static void FN(collapse)(const boft_plan *plan, const boft_level *level
 }
 
 /*
- * Backward of a piece from its gradient: dp (c rows of half columns) = Q^T grad, and c columns of dq (rows of stride 2 c)
- * = grad P^T, upper and lower rows alike.
+ * Backward of a piece from its gradient: dp (c rows of half columns) = Q^T grad, and c columns of dq (rows of stride 2
+ * c) = grad P^T, upper and lower rows alike.
  */
 VEC_FN void FN(piece_backward_of)(const int c, int64_t half, const REAL *q, const REAL *p, const REAL *grad, REAL *dq,
                                   REAL *dp)
@@ -192,8 +199,8 @@ VEC_FN void FN(piece_backward_of)(const int c, int64_t half, const REAL *q, cons
 }
 
 /* transposed: c half reals. */
-VEC_ATTR static void FN(piece_backward)(int64_t c, int64_t half, const REAL *q, const REAL *p, const REAL *grad, REAL *dq,
-                                        REAL *dp, REAL *transposed)
+VEC_ATTR static void FN(piece_backward)(int64_t c, int64_t half, const REAL *q, const REAL *p, const REAL *grad,
+                                        REAL *dq, REAL *dp, REAL *transposed)
 {
     switch (c) {
     case 3:
@@ -250,10 +257,9 @@ VEC_ATTR static void FN(collapse_backward)(const boft_plan *plan, const boft_lev
             for (int64_t i = 0; i < (int64_t)1 << level->factors; i++) {
                 const FN(piece) piece = FN(find_piece)(b, f, i);
                 const int64_t block = FN(block_offset)(plan, level, g, f, piece.high, piece.low) + piece.column;
-                const int64_t bottom = FN(block_offset)(plan, level, g, 0, piece.matrix, 0) + piece.low * c * b;
-                const int64_t below = f == 1 ? bottom : FN(products_size)(plan, level, f - 1) + piece.below;
-                FN(piece_backward)(c, piece.half, q + block, (f == 1 ? q : products) + below, grad + piece.at, dq + block,
-                                   (f == 1 ? dq : grads) + below, transposed);
+                const int64_t below = FN(below_offset)(plan, level, g, f, piece);
+                FN(piece_backward)(c, piece.half, q + block, (f == 1 ? q : products) + below, grad + piece.at,
+                                   dq + block, (f == 1 ? dq : grads) + below, transposed);
             }
         }
     }

@@ -20,8 +20,8 @@
 #define BOFT_LEAST_PIVOT 0x1p-53
 
 /*
- * What stands for 1 in a matrix S of this largest entry, once S has been divided by it: 1 / largest. Larger matrices than
- * 2^500 count as that large, which their direction alone decides, so that products of two pivots cannot overflow.
+ * What stands for 1 in a matrix S of this largest entry, once S has been divided by it: 1 / largest. Larger matrices
+ * than 2^500 count as that large, which their direction alone decides, so that products of two pivots cannot overflow.
  */
 static inline double boft_scaled_one(double largest)
 {

@@ -117,9 +117,10 @@ VEC_FN void storen_f16(uint16_t *p, vec_float a, int64_t n)
 }
 
 /*
- * For blocks in lanes: div, max, lane (lane i everywhere) and with_lane (lane i of b, others of a) of doubles; load_wide, loadn_wide, store_narrow and
- * storen_narrow, suffix _T, that move VEC_LANES_double values of T from and to a vec_double; and transpose_T of as many
- * vectors as a vector has lanes. max is for numbers: with a NaN it gives either operand.
+ * For blocks in lanes: div, max, lane (lane i everywhere) and with_lane (lane i of b, others of a) of doubles;
+ * load_wide, loadn_wide, store_narrow and storen_narrow, suffix _T, that move VEC_LANES_double values of T from and to
+ * a vec_double; and transpose_T of as many vectors as a vector has lanes. max is for numbers: with a NaN it gives
+ * either operand.
  */
 VEC_FN vec_double div_double(vec_double a, vec_double b) { return _mm512_div_pd(a, b); }
 VEC_FN vec_double max_double(vec_double a, vec_double b) { return _mm512_max_pd(a, b); }
@@ -147,8 +148,10 @@ VEC_FN void storen_narrow_double(double *p, vec_double a, int64_t n) { storen_do
 /* Quarter l of out k = quarter k of in l. */
 VEC_FN void transpose_quarters(const vec_double in[4], vec_double out[4])
 {
-    const vec_double low01 = _mm512_shuffle_f64x2(in[0], in[1], 0x44), high01 = _mm512_shuffle_f64x2(in[0], in[1], 0xee);
-    const vec_double low23 = _mm512_shuffle_f64x2(in[2], in[3], 0x44), high23 = _mm512_shuffle_f64x2(in[2], in[3], 0xee);
+    const vec_double low01 = _mm512_shuffle_f64x2(in[0], in[1], 0x44);
+    const vec_double low23 = _mm512_shuffle_f64x2(in[2], in[3], 0x44);
+    const vec_double high01 = _mm512_shuffle_f64x2(in[0], in[1], 0xee);
+    const vec_double high23 = _mm512_shuffle_f64x2(in[2], in[3], 0xee);
     out[0] = _mm512_shuffle_f64x2(low01, low23, 0x88);
     out[1] = _mm512_shuffle_f64x2(low01, low23, 0xdd);
     out[2] = _mm512_shuffle_f64x2(high01, high23, 0x88);

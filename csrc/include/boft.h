@@ -105,6 +105,7 @@ BOFT_API boft_status boft_plan_make(int64_t d, int64_t b, int64_t m, boft_plan *
 
 /* ---- Cayley: parameters to orthogonal blocks ---------------------------------------------------------------------- */
 
+/* Bytes for either direction, either dtype and any number of blocks: a little over 16 b^2 for b > 64. */
 BOFT_API size_t boft_cayley_workspace(int64_t b);
 
 /*

@@ -499,8 +499,8 @@ static void copy_block(boft_dtype dtype, int64_t b, void *into, int64_t to, cons
 }
 
 /*
- * Blocks that go through the elimination in different ways - with and without pivots, dropped, not finite - side by side
- * in the lanes of the same vectors: each gives bit for bit what it gives alone, and so does its backward.
+ * Blocks that go through the elimination in different ways - with and without pivots, dropped, not finite - side by
+ * side in the lanes of the same vectors: each gives bit for bit what it gives alone, and so does its backward.
  */
 static void mixed_case(boft_dtype dtype, int64_t b, int ordinary)
 {
@@ -561,8 +561,8 @@ static void test_lanes(void)
 }
 
 /*
- * Sizes around the edges of panels and of what products keep in cache, against the scalar variant: two eliminations, each
- * at most b growth u64 (1 + |S|) off (expect_orthogonal), and one rounding to float32 in each.
+ * Sizes around the edges of panels and of what products keep in cache, against the scalar variant: two eliminations,
+ * each at most b growth u64 (1 + |S|) off (expect_orthogonal), and one rounding to float32 in each.
  */
 static void large_cayley_case(boft_dtype dtype, int64_t b, double size)
 {
