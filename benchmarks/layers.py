@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.measure import Times
+from benchmarks.measure import Times, timing_columns
 from benchmarks.providers import (
     BASE_TRAINABLE,
     DENSE,
@@ -45,7 +45,6 @@ from benchmarks.providers import (
     plain_peft,
     tensors,
     times_in_turns,
-    timing_columns,
     trainable,
     without_wrapper,
 )
@@ -117,8 +116,11 @@ class Effort(NamedTuple):
 
 
 def run(table_dir: Path, quick: bool, only: str | None) -> None:
-    """Measure all layers, or those whose name holds `only`, and write ``layers.csv`` into `table_dir`."""
+    """Measure all layers, or those whose name holds `only`, and write ``layers.csv`` into `table_dir`;
+    nothing is written if there are none."""
     cases = [case for case in (QUICK_CASES if quick else CASES) if only is None or only in case.name]
+    if not cases:
+        return
     table = Table(table_dir / "layers.csv", COLUMNS)
     effort = Effort(0.6, 5) if quick else Effort(1.0, 7)
     with tqdm([(case, dtype) for case in cases for dtype in DTYPES], desc="layers", unit="case") as progress:

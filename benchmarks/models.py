@@ -32,7 +32,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.measure import Times
+from benchmarks.measure import Times, timing_columns
 from benchmarks.model_shapes import LLAMA, SHAPES, ModelShape
 from benchmarks.providers import (
     DENSE,
@@ -44,7 +44,6 @@ from benchmarks.providers import (
     plain_peft,
     tensors,
     times_in_turns,
-    timing_columns,
     trainable,
 )
 from benchmarks.table import Table
@@ -80,7 +79,7 @@ class Effort(NamedTuple):
 
 
 QUICK = Effort(3, 2.0, 0.5)
-FULL = Effort(7, 6.0, 1.0)
+FULL = Effort(5, 6.0, 1.0)
 DENSE_EFFORT = Effort(DENSE_ROUNDS, 0.0, 0.0)
 
 
@@ -94,7 +93,8 @@ def fast_variants(shape: ModelShape, targets: str, quick: bool) -> dict[str, Var
 
 
 def run(table_dir: Path, quick: bool, only: str | None) -> None:
-    """Measure all models, or the cases whose name holds `only`, and write ``models.csv`` into `table_dir`.
+    """Measure all models, or the cases whose name holds `only`, and write ``models.csv`` into `table_dir`;
+    nothing is written if there are none.
 
     A quick run has all linears of the Llama shape, few rounds, and no dense providers.
     """
@@ -105,6 +105,8 @@ def run(table_dir: Path, quick: bool, only: str | None) -> None:
         for dtype in DTYPES
         if only is None or only in case_name(shape, targets)
     ]
+    if not cases:
+        return
     table = Table(table_dir / "models.csv", COLUMNS)
     with tqdm(cases, desc="models", unit="case") as progress:
         for shape, targets, dtype in progress:

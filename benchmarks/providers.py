@@ -4,7 +4,7 @@
 `lora` has r = 32 and `oft` block size 32, whatever b and m are. `peft` is PEFT's BOFT as installed, which without its
 CUDA kernel silently builds m = 1; `peft-m` is the same with `torch.block_diag` in place of the kernel, so that m is
 honoured. `pr3540` is `benchmarks.pr3540`, `boft_ext` PEFT's BOFT under `boft_ext.patch_peft`, `boft_ext-wrap`
-`boft_ext.wrap`.
+`boft_ext.wrap`. `boft_ext-compact` is `boft_ext` with ``boft_ext.set_saved_activations("compact")``.
 
 A process has PEFT patched or not, so each provider says what must be in force while it is built and used. PEFT's own
 layers keep dense ``(m, d, d)`` tables and take up to a hundred times as long as the others; `patch_peft` takes over all
@@ -61,9 +61,10 @@ def _any_peft() -> None:
 
 
 def plain_peft() -> None:
-    """PEFT as installed."""
+    """PEFT as installed, and boft_ext saving activations as they are."""
     _mathematics.close()
     boft_ext.unpatch_peft()
+    boft_ext.set_saved_activations("exact")
 
 
 def _peft_mathematics() -> None:
@@ -71,9 +72,10 @@ def _peft_mathematics() -> None:
     _mathematics.enter_context(peft_mathematics())
 
 
-def _patched_peft(**options: object) -> None:
+def _patched_peft(saved: str = "exact") -> None:
     _mathematics.close()
-    boft_ext.patch_peft(strict=True, **options)
+    boft_ext.patch_peft(strict=True)
+    boft_ext.set_saved_activations(saved)
 
 
 def _freeze(model: nn.Module, targets: Sequence[str], b: int, m: int) -> nn.Module:
@@ -113,6 +115,7 @@ FAST = {
     "oft": Provider(_oft, _any_peft),
     "pr3540": Provider(pr3540.adapt, _any_peft),
     "boft_ext": Provider(_boft, _patched_peft),
+    "boft_ext-compact": Provider(_boft, functools.partial(_patched_peft, "compact")),
 }
 DENSE = {
     "base": BASE,
@@ -121,7 +124,7 @@ DENSE = {
 }
 # Beside FAST for single layers only.
 BASE_TRAINABLE = {"base-trainable": Provider(_train_weights, _any_peft)}
-WRAP = {"boft_ext-wrap": Provider(_wrap, _any_peft)}
+WRAP = {"boft_ext-wrap": Provider(_wrap, functools.partial(boft_ext.set_saved_activations, "exact"))}
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -173,14 +176,3 @@ def times_in_turns(
 
     hooks = {name: functools.partial(ready, name) for name in steps}
     return in_turns(steps, budget_s, min_rounds, hooks)
-
-
-def timing_columns(times: Times, base: Times | None = None, calls: int = 1) -> dict[str, object]:
-    """The columns of a table that hold times, those of one of the `calls` calls of a step; `ratio` is to `base`."""
-    return {
-        "median_ms": 1e3 * times.median / calls,
-        "p20_ms": 1e3 * times.p20 / calls,
-        "p80_ms": 1e3 * times.p80 / calls,
-        "rounds": times.rounds,
-        "ratio": times.median / base.median if base else None,
-    }

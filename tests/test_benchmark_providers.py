@@ -88,14 +88,15 @@ def test_every_provider_trains_a_layer_away_from_the_identity(name, dtype):
     assert bool(parameters) == (name != "base")
     assert all(parameter.grad.abs().max() > 0 for parameter in parameters)
     assert torch.equal(out, plain(x)) == (name == "base")
-    with_factors = {"pr3540": 2, "boft_ext": 2, "boft_ext-wrap": 2, "peft-m": 2, "peft": 1}
+    with_factors = {"pr3540": 2, "boft_ext": 2, "boft_ext-wrap": 2, "peft-m": 2, "peft": 1, "boft_ext-compact": 2}
     assert providers.built_factors(entry.model) == with_factors.get(name)
 
 
 def test_preparing_a_provider_is_idempotent_and_undone():
-    for name in ("boft_ext", "peft-m", "peft-m", "peft", "boft_ext", "boft_ext"):
+    for name in ("boft_ext", "peft-m", "peft-m", "peft", "boft_ext-compact", "boft_ext-compact", "boft_ext"):
         PROVIDERS[name].prepare()
-        assert boft_ext.peft_is_patched() == (name == "boft_ext")
+        assert boft_ext.peft_is_patched() == name.startswith("boft_ext")
+        assert (boft_ext.saved_activations() == "compact") == (name == "boft_ext-compact")
     PROVIDERS["peft-m"].prepare()
     assert peft_layer.get_fbd_cuda()
     providers.plain_peft()
@@ -134,14 +135,14 @@ def test_a_model_gives_rows_of_all_providers_and_measures(tmp_path, monkeypatch)
 
     assert set(models.COLUMNS) <= set(table[0])
     seen = {measure: [row["provider"] for row in table if row["measure"] == measure] for measure in ("step", "decode")}
-    everyone = ["base", "lora", "oft", "pr3540", "boft_ext", "boft_ext-m4b4", "peft", "peft-m"]
+    everyone = ["base", "lora", "oft", "pr3540", "boft_ext", "boft_ext-compact", "boft_ext-m4b4", "peft", "peft-m"]
     assert seen == {"step": everyone, "decode": everyone}
     for measure in ("init", "load"):
         names = [row["provider"] for row in table if row["measure"] == measure]
-        assert names == ["lora", "oft", "boft_ext", "boft_ext-m4b4", "peft", "peft-m"]
+        assert names == ["lora", "oft", "boft_ext", "boft_ext-compact", "boft_ext-m4b4", "peft", "peft-m"]
     steps = {row["provider"]: row for row in table if row["measure"] == "step"}
     assert {name: row["m"] for name, row in steps.items() if row["m"]} == {
-        **{"pr3540": "2", "boft_ext": "2", "boft_ext-m4b4": "4", "peft": "1", "peft-m": "2"}
+        **{"pr3540": "2", "boft_ext": "2", "boft_ext-compact": "2", "boft_ext-m4b4": "4", "peft": "1", "peft-m": "2"}
     }
     assert float(steps["base"]["ratio"]) == 1 and float(steps["base"]["peak_ratio"]) == 1
     assert steps["base"]["trainable"] == "0" and steps["pr3540"]["trainable"] == steps["boft_ext"]["trainable"]
@@ -162,13 +163,13 @@ def test_a_layer_gives_rows_of_all_providers_and_measures(case, tmp_path, monkey
 
     assert set(layers.COLUMNS) <= set(table[0])
     is_conv = table[0]["kind"] == "conv"
-    rotating = ["pr3540", "boft_ext", "boft_ext-wrap"]
+    rotating = ["pr3540", "boft_ext", "boft_ext-compact", "boft_ext-wrap"]
     fast = ["base", "lora", "oft", *rotating, *(["base-trainable"] if is_conv else [])]
     expected = {
         "forward": [*fast, "peft", "peft-m"],
         "forward+backward": [*fast, "peft", "peft-m"],
         "decode": [] if is_conv else [*fast, "peft", "peft-m"],
-        "init": ["lora", "oft", "boft_ext", "boft_ext-wrap", "peft", "peft-m"],
+        "init": ["lora", "oft", *rotating[1:], "peft", "peft-m"],
         "merge": ["lora", "oft", *rotating, "peft", "peft-m"],
         "unmerge": ["lora", "oft", *rotating, "peft", "peft-m"],
     }
