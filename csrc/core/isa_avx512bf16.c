@@ -1,4 +1,4 @@
-/* Kernels of the variant "avx512bf16": those of "avx512", rounding to bfloat16 by the processor's own instruction. */
+/* Kernels of the variant "avx512bf16": those of "avx512", with the processor's own bfloat16 instructions. */
 #include "kernels.h"
 
 #ifdef BOFT_X86

@@ -20,11 +20,17 @@ static int64_t packed_reals(const boft_plan *plan)
     return plan->levels == 1 && 2 * plan->super <= BOFT_MOST_LANES ? tiles * vectors_of_a_tile * plan->super : 0;
 }
 
+/* Floats that hold the blocks of a span as pairs of bfloat16 numbers, hi and lo. */
+static int64_t paired_floats(const boft_plan *plan, boft_dtype dtype)
+{
+    return dtype == BOFT_BF16 && boft_goes_in_pairs(plan) ? boft_span_channels(plan) * plan->super : 0;
+}
+
 size_t boft_rotate_workspace(const boft_plan *plan, boft_dtype dtype)
 {
     /* Two strips of a tile and, for levels with gathered channels, two of a group. */
     const int64_t strips = 2 * boft_tile_rows(plan) * (boft_tile_channels(plan) + plan->super);
-    return (size_t)(strips + packed_reals(plan)) * boft_real_size(dtype);
+    return (size_t)(strips + boft_max(packed_reals(plan), paired_floats(plan, dtype))) * boft_real_size(dtype);
 }
 
 static boft_status check_rotate(const boft_rotate_args *args)
@@ -73,7 +79,7 @@ size_t boft_rotate_backward_workspace(const boft_plan *plan, boft_dtype dtype)
 {
     /* The input of every level and two strips of dy; two gathered groups and one gathered result. */
     const int64_t strips = boft_tile_rows(plan) * ((plan->levels + 2) * boft_tile_channels(plan) + 3 * plan->super);
-    return (size_t)(strips + 2 * packed_reals(plan)) * boft_real_size(dtype);
+    return (size_t)(strips + boft_max(2 * packed_reals(plan), paired_floats(plan, dtype))) * boft_real_size(dtype);
 }
 
 static boft_status check_rotate_backward(const boft_rotate_backward_args *args)

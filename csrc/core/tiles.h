@@ -20,6 +20,10 @@ enum {
     BOFT_TILE_CHANNELS = 256,
     /* Bytes of blocks that stay in the second-level cache while rows stream by. */
     BOFT_SPAN_BYTES = 1 << 18,
+    /* Rows from which on bfloat16 blocks are worth packing into pairs. */
+    BOFT_PAIRS_ROWS_MIN = 16,
+    /* Largest group of pairs. */
+    BOFT_PAIRS_GROUP_MOST = 128,
     /* Rows whose products one split of scale's backward sums. */
     BOFT_SCALE_SPLIT_ROWS = 256,
 };
@@ -40,6 +44,12 @@ static inline int64_t boft_tile_rows(const boft_plan *plan)
     if (plan->levels > 1 || plan->super > BOFT_MIDDLE_GROUP)
         return BOFT_TILE_ROWS;
     return plan->super > BOFT_SMALL_GROUP ? BOFT_TILE_ROWS_MIDDLE : BOFT_TILE_ROWS_SMALL;
+}
+
+/* Whether bfloat16 data is multiplied in pairs, where the processor can: one level of groups of whole vectors. */
+static inline int boft_goes_in_pairs(const boft_plan *plan)
+{
+    return plan->levels == 1 && plan->super % 16 == 0 && plan->super <= BOFT_PAIRS_GROUP_MOST;
 }
 
 /* Channels of a tile: a multiple of plan->super, at most d. Every tile of a span but the last has this many. */

@@ -48,6 +48,29 @@
 #undef FN
 #undef VEC
 
+#ifdef VEC_NATIVE_BF16
+#include "rotate_pairs.h"
+
+static void rotate_any(const boft_rotate_args *args, int64_t begin, int64_t end, void *workspace)
+{
+    if (pairs_serve(args->plan, args->dtype, args->rows))
+        pairs_rotate(args, begin, end, workspace);
+    else
+        rotate_of_float(args, begin, end, workspace);
+}
+
+static void rotate_backward_any(const boft_rotate_backward_args *args, int64_t begin, int64_t end, void *workspace)
+{
+    if (pairs_serve(args->plan, args->dtype, args->rows))
+        pairs_rotate_backward(args, begin, end, workspace);
+    else
+        rotate_backward_of_float(args, begin, end, workspace);
+}
+#else
+#define rotate_any rotate_of_float
+#define rotate_backward_any rotate_backward_of_float
+#endif
+
 static void scale_of_float(const boft_scale_args *args, int64_t begin, int64_t end)
 {
     if (args->dtype == BOFT_BF16)
@@ -74,8 +97,8 @@ const boft_kernels KERNELS = {
     .cayley_backward = {cayley_backward_of_float, cayley_backward_of_double},
     .collapse = {collapse_of_float, collapse_of_double},
     .collapse_backward = {collapse_backward_of_float, collapse_backward_of_double},
-    .rotate = {rotate_of_float, rotate_of_double},
-    .rotate_backward = {rotate_backward_of_float, rotate_backward_of_double},
+    .rotate = {rotate_any, rotate_of_double},
+    .rotate_backward = {rotate_backward_any, rotate_backward_of_double},
     .scale = {scale_of_float, scale_of_f64},
     .scale_backward = {scale_backward_of_float, scale_backward_of_f64},
 };

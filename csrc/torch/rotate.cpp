@@ -112,8 +112,9 @@ std::tuple<Tensor, Tensor> rotate_backward_cpu(const Tensor& dy, const Tensor& x
   return {dx, dblocks};
 }
 
-// The same from packed x. Every piece of kUnpackedRows rows is unpacked into a buffer of its thread and gives partial
-// gradients of the blocks, which are added in the order of rows, several pieces at a time as the shape prescribes.
+// The same from packed x. Every piece of at most kUnpackedRows rows is unpacked into a buffer of its thread and gives
+// partial gradients of the blocks, which are added in the order of rows, several pieces at a time as the shape prescribes.
+// Pieces are of equal size: a short last one might run on another kernel, and dx would not be that of unpacked x.
 std::tuple<Tensor, Tensor> rotate_backward_packed_cpu(const Tensor& dy, const Tensor& packed, const Tensor& blocks_any,
                                                       int64_t b, int64_t m, bool transpose, bool need_x) {
   constexpr int64_t kPartialElements = 1 << 18, kMostPieces = 32;
@@ -139,7 +140,7 @@ std::tuple<Tensor, Tensor> rotate_backward_packed_cpu(const Tensor& dy, const Te
   char* const partial = static_cast<char*>(parts.mutable_data_ptr());
   char* const out = need_x ? static_cast<char*>(dx.mutable_data_ptr()) : nullptr;
   const auto one_piece = [&](int64_t piece, void* to, char* ws) {
-    const int64_t first = piece * kUnpackedRows, rows = std::min(kUnpackedRows, grad.rows - first);
+    const int64_t first = grad.rows * piece / pieces, rows = grad.rows * (piece + 1) / pieces - first;
     void* const x = ws + core;
     check(boft_unpack(dtype, kBitsOfX, rows, plan.d, at_row(packed.const_data_ptr(), 0, 0) + first * packed.size(1), x,
                       plan.d, 0, rows));
