@@ -1,7 +1,7 @@
 """Collapsed blocks reused between inference calls, never stale.
 
 Version counters do not see ``p.data.copy_(ema)`` or a sharded optimiser swapping storage, so an entry is valid only
-while the bytes of its parameter equal the copy kept beside it. Entries are keyed weakly by the parameter object: they
+while the bytes of its parameter equal the copy, on the CPU the digest, kept beside it. Entries are keyed weakly by the parameter object: they
 die with it and are never copied, pickled or saved with a module.
 """
 

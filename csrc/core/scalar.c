@@ -20,6 +20,10 @@
 #undef REAL
 #undef FN
 
+#define VEC_ATTR
+#include "digest_template.h"
+#undef VEC_ATTR
+
 const boft_kernels boft_kernels_scalar = {
     .name = "scalar",
     .cayley = {cayley_float, cayley_double},
@@ -30,4 +34,5 @@ const boft_kernels boft_kernels_scalar = {
     .rotate_backward = {rotate_backward_float, rotate_backward_double},
     .scale = {scale_float, scale_double},
     .scale_backward = {scale_backward_float, scale_backward_double},
+    .digest = digest,
 };

@@ -91,6 +91,8 @@ static void scale_backward_of_float(const boft_scale_backward_args *args, int64_
         scale_backward_of_f32(args, begin, end);
 }
 
+#include "digest_template.h"
+
 const boft_kernels KERNELS = {
     .name = KERNELS_NAME,
     .cayley = {cayley_of_float, cayley_of_double},
@@ -101,4 +103,5 @@ const boft_kernels KERNELS = {
     .rotate_backward = {rotate_backward_any, rotate_backward_of_double},
     .scale = {scale_of_float, scale_of_f64},
     .scale_backward = {scale_backward_of_float, scale_backward_of_f64},
+    .digest = digest,
 };

@@ -262,6 +262,16 @@ BOFT_API boft_status boft_pack(boft_dtype dtype, int bits, int64_t rows, int64_t
 BOFT_API boft_status boft_unpack(boft_dtype dtype, int bits, int64_t rows, int64_t n, const void *packed, void *x,
                                  int64_t stride, int64_t begin, int64_t end);
 
+/* ---- Digest: whether parameters still hold the same bytes ---------------------------------------------------------- */
+
+#define BOFT_DIGEST_WORDS 8
+
+/*
+ * A digest of `bytes` bytes, the same for every variant of kernels. Other bytes give another digest but for a chance of
+ * 2^-64 or less, and certainly if one number alone changed; it does not withstand somebody who looks for a collision.
+ */
+BOFT_API boft_status boft_digest(const void *data, size_t bytes, uint64_t digest[BOFT_DIGEST_WORDS]);
+
 #ifdef __cplusplus
 }
 #endif

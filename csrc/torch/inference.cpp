@@ -3,25 +3,34 @@
 #include "common.h"
 #include "ops.h"
 
-#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/util/intrusive_ptr.h>
 
-#include <atomic>
-#include <cstring>
+#include <algorithm>
+#include <array>
 #include <memory>
 #include <mutex>
 #include <unordered_map>
+#include <vector>
 
 namespace boft {
 namespace {
 
 using at::Tensor;
 
-// The bytes of a parameter and the blocks made from them. Immutable, so that a thread can go on using what it found.
+// Parts of a parameter with a digest each, so that threads can share the reading; 128 KiB take one thread about 3 us.
+constexpr size_t kPartBytes = 1 << 17;
+using Digest = std::array<uint64_t, BOFT_DIGEST_WORDS>;
+
+// What a parameter held and the blocks made from it. Not a copy of it: when single rows go through a model, what is read
+// beside the weights counts, and the copy would be a third of it. Immutable, so that a thread can go on using it.
 struct Entry {
   c10::weak_intrusive_ptr<c10::TensorImpl> owner;
-  Tensor parameter, blocks;
+  at::ScalarType dtype;
+  std::vector<int64_t> sizes;
+  std::vector<Digest> digests;
+  Tensor blocks;
 };
 
 std::mutex mutex;
@@ -43,30 +52,35 @@ void keep(const Tensor& boft_R, std::shared_ptr<const Entry> entry) {
   sweep_at = 2 * entries.size() + 64;
 }
 
-bool same_bytes(const Tensor& kept, const Tensor& now) {
-  if (kept.scalar_type() != now.scalar_type() || kept.sizes() != now.sizes()) return false;
-  const char *a = static_cast<const char*>(kept.const_data_ptr()), *b = static_cast<const char*>(now.const_data_ptr());
-  constexpr int64_t each = 1 << 17;  // bytes; 256 KiB in one thread take about 19 us
-  std::atomic<bool> same{true};
-  at::parallel_for(0, static_cast<int64_t>(kept.nbytes()), each, [&](int64_t begin, int64_t end) {
-    if (std::memcmp(a + begin, b + begin, static_cast<size_t>(end - begin)) != 0) same = false;
+std::vector<Digest> digests_of(const Tensor& boft_R) {
+  const auto* const data = static_cast<const char*>(boft_R.const_data_ptr());
+  const size_t bytes = boft_R.nbytes();
+  std::vector<Digest> digests((bytes + kPartBytes - 1) / kPartBytes);
+  at::parallel_for(0, static_cast<int64_t>(digests.size()), 1, [&](int64_t begin, int64_t end) {
+    for (size_t i = begin; i < static_cast<size_t>(end); i++)
+      check(boft_digest(data + i * kPartBytes, std::min(kPartBytes, bytes - i * kPartBytes), digests[i].data()));
   });
-  return same;
+  return digests;
 }
 
 Tensor blocks_of(const Tensor& boft_R, at::ScalarType real) {
   auto entry = find(boft_R);
-  if (!entry || entry->blocks.scalar_type() != real || !same_bytes(entry->parameter, boft_R)) {
+  std::vector<Digest> digests = digests_of(boft_R);
+  if (!entry || entry->blocks.scalar_type() != real || entry->dtype != boft_R.scalar_type() ||
+      boft_R.sizes() != entry->sizes || entry->digests != digests) {
     // A tensor made in inference mode could never be saved for a later backward.
     const c10::InferenceMode outside(false);
     const at::NoGradGuard no_grad;
-    const Tensor parameter = boft_R.detach().clone();
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("boft::blocks", "")
                                .typed<std::tuple<Tensor, Tensor>(const Tensor&, const std::optional<Tensor>&)>();
+    // A copy, so that the digest and the blocks are of the same values if another thread is writing to the parameter.
+    const Tensor parameter = boft_R.detach().clone();
+    digests = digests_of(parameter);
     Tensor blocks = std::get<0>(op.call(parameter.to(real), std::nullopt));
-    entry = std::make_shared<const Entry>(
-        Entry{c10::weak_intrusive_ptr<c10::TensorImpl>(boft_R.getIntrusivePtr()), parameter, std::move(blocks)});
+    entry = std::make_shared<const Entry>(Entry{c10::weak_intrusive_ptr<c10::TensorImpl>(boft_R.getIntrusivePtr()),
+                                                boft_R.scalar_type(), boft_R.sizes().vec(), std::move(digests),
+                                                std::move(blocks)});
     keep(boft_R, entry);
   }
   return entry->blocks;
@@ -88,6 +102,15 @@ std::optional<Tensor> rotate_now(const Tensor& x, const Tensor& boft_R, bool tra
   if (!serves(boft_R) || !is_plain(x)) return std::nullopt;
   const Tensor blocks = blocks_of(boft_R, real_dtype(x.scalar_type()));
   return rotate_cpu(x, blocks, boft_R.size(2), boft_R.size(0), transpose);
+}
+
+std::optional<Tensor> linear_now(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                                 const Tensor& boft_R, const Tensor& s) {
+  if (!serves(boft_R) || !is_plain(x) || !is_plain(weight) || !is_plain(s) || (bias.has_value() && !is_plain(*bias)))
+    return std::nullopt;
+  const Tensor blocks = blocks_of(boft_R, real_dtype(x.scalar_type()));
+  const Tensor rotated = rotate_cpu(x, blocks, boft_R.size(2), boft_R.size(0), false);
+  return scale_cpu(at::linear(rotated, weight, bias), s, bias, false);
 }
 
 std::optional<Tensor> scale_now(const Tensor& z, const Tensor& s, const std::optional<Tensor>& bias) {

@@ -28,8 +28,10 @@ bool cpu_kernels_in_use();
 // bytes and lives. Read-only.
 std::optional<at::Tensor> cached_blocks(const at::Tensor& boft_R, bool wide);
 
-// x R or x R^T with cached blocks; z s + bias (1 - s).
+// x R or x R^T with cached blocks; z s + bias (1 - s); and the whole layer, z = (x R) weight^T + bias scaled so.
 std::optional<at::Tensor> rotate_now(const at::Tensor& x, const at::Tensor& boft_R, bool transpose);
 std::optional<at::Tensor> scale_now(const at::Tensor& z, const at::Tensor& s, const std::optional<at::Tensor>& bias);
+std::optional<at::Tensor> linear_now(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                                     const at::Tensor& boft_R, const at::Tensor& s);
 
 }  // namespace boft

@@ -1,0 +1,107 @@
+"""Layers without gradients, which take a shorter way: the same bits, the same errors, and nothing left out."""
+
+import pytest
+import torch
+from torch import nn
+
+import boft_ext
+from boft_ext import BOFTLinear
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def make_layer(d=32, out=24, bias=True, dtype=torch.float32):
+    torch.manual_seed(0)
+    config = boft_ext.BOFTConfig(boft_block_size=4, boft_n_butterfly_factor=2)
+    layer = BOFTLinear.from_linear(nn.Linear(d, out, bias=bias).to(dtype), config).eval()
+    with torch.no_grad():
+        layer.boft_R.normal_()
+        layer.boft_s.normal_()
+    return layer
+
+
+@pytest.mark.parametrize("rows", [(), (1, 1), (3, 40), (0,)], ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_same_bits_as_with_gradients(dtype, bias, rows):
+    layer, x = make_layer(bias=bias, dtype=dtype), torch.randn(*rows, 32).to(dtype)
+    with_gradients = layer(x)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            for _ in range(2):
+                out = layer(x)
+                assert out.dtype == dtype and torch.equal(out, with_gradients)
+
+
+def test_autocast_decides_the_dtype():
+    layer, x = make_layer(), torch.randn(5, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        with_gradients = layer(x)
+        with torch.no_grad():
+            out = layer(x)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, with_gradients)
+
+
+def test_new_values_are_seen_however_they_are_written():
+    layer, x = make_layer(), torch.randn(5, 32)
+
+    def outputs():
+        with torch.no_grad():
+            short = layer(x)
+        assert torch.equal(short, layer(x))
+        return short
+
+    before = outputs()
+    layer.boft_R.data.view(-1)[-2] += 1e-3
+    after = outputs()
+    assert not torch.equal(before, after)
+    layer.boft_R.detach().numpy()[:] *= -1  # neither version counters nor plain sums see this
+    assert not torch.equal(after, outputs())
+    layer.boft_R = nn.Parameter(torch.zeros_like(layer.boft_R))
+    layer.boft_s.data.fill_(1)
+    torch.testing.assert_close(outputs(), layer.base_layer(x))
+
+
+def doubled(module, args, out):
+    return 2 * out
+
+
+def halved(module, args):
+    return (args[0] / 2,)
+
+
+@pytest.mark.parametrize("kind", ["hook", "pre-hook", "global hook", "own forward", "parametrisation"])
+def test_nothing_of_the_base_layer_is_left_out(kind):
+    layer, x = make_layer(), torch.randn(5, 32)
+    base, plain = layer.base_layer, layer(x)
+    handle = None
+    if kind == "hook":
+        base.register_forward_hook(doubled)
+    elif kind == "pre-hook":
+        base.register_forward_pre_hook(halved)
+    elif kind == "global hook":
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda module, args, out: 2 * out if module is base else None
+        )
+    elif kind == "own forward":
+        base.forward = lambda x: 2 * nn.functional.linear(x, base.weight, base.bias)
+    else:
+        nn.utils.parametrizations.weight_norm(base).parametrizations.weight.original0.data.mul_(2)
+    try:
+        with_gradients = layer(x)
+        with torch.no_grad():
+            out = layer(x)
+    finally:
+        if handle:
+            handle.remove()
+    assert torch.equal(out, with_gradients) and not torch.equal(out, plain)
+
+
+def test_errors_are_those_of_the_layer_with_gradients():
+    layer = make_layer()
+    for wrong in (torch.randn(5, 31), torch.randn(5, 32).long(), torch.randn(5, 32, dtype=torch.float64)):
+        with pytest.raises((ValueError, TypeError, RuntimeError)) as with_gradients:
+            layer(wrong)
+        with torch.no_grad(), pytest.raises(with_gradients.type) as without:
+            layer(wrong)
+        assert str(without.value) == str(with_gradients.value)
