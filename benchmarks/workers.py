@@ -22,8 +22,9 @@ class Workers:
         self._work: list[SimpleQueue] = [SimpleQueue() for _ in range(count)]
         self._done: SimpleQueue = SimpleQueue()
         threads = torch.get_num_threads()
-        for queue in self._work:
-            threading.Thread(target=self._serve, args=(queue,), daemon=True).start()
+        self._threads = [threading.Thread(target=self._serve, args=(queue,), daemon=True) for queue in self._work]
+        for thread in self._threads:
+            thread.start()
         # set_num_threads also changes the default, which a thread takes over when it first asks for its number.
         torch.set_num_threads(1)
         self.run([torch.get_num_threads] * count)
@@ -33,6 +34,9 @@ class Workers:
         """End the threads."""
         for queue in self._work:
             queue.put(None)
+        # A thread that still holds C++ objects when Python ends would take the process down.
+        for thread in self._threads:
+            thread.join()
 
     def run(self, calls: Sequence[Call]) -> None:
         """Run ``calls[i]`` in thread i, all at once, and wait for the last; fewer calls leave threads idle.

@@ -85,12 +85,12 @@ def test_gradcheck(form):
     assert torch.autograd.gradcheck(functional.rotate, (x, boft_R))
     assert torch.autograd.gradcheck(lambda x, a: functional.rotate(x, a, keep=keep, transpose=True), (x, boft_R))
     # Enough factors for two levels.
-    x, boft_R = torch.randn(2, 64, dtype=torch.float64, requires_grad=True), parameters(64, 2, 6, torch.float64)
-    assert len(_C.levels(64, 2, 6)) == 2
+    x, boft_R = torch.randn(2, 256, dtype=torch.float64, requires_grad=True), parameters(256, 8, 6, torch.float64)
+    assert len(_C.levels(256, 8, 6)) == 2
     assert torch.autograd.gradcheck(functional.rotate, (x, boft_R.requires_grad_()), fast_mode=True)
 
 
-@pytest.mark.parametrize("d, b, m", [(15, 5, 1), (64, 2, 6)])
+@pytest.mark.parametrize("d, b, m", [(15, 5, 1), (256, 8, 6)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kernels", [True, False])
 def test_opcheck(d, b, m, dtype, kernels):

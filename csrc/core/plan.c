@@ -4,16 +4,17 @@
 /*
  * Cost of one level, in multiply-adds per element of x over a forward and a backward pass: 3 group for the product and
  * its two gradients, and `touch` for reading and writing an element in cache. A level with first > 0 also gathers and
- * scatters its channels, and the backward computes its result again: group more, and GATHER (two Zen 4 cores:
- * at d = 1280, b = 40, m = 3, levels of 80 and 40 took 14.3 ms for 1024 rows, one of 160 takes 12). Then collapsing (k
- * factors cost about 3 group b (k - 1) per channel), spread over this many rows.
+ * scatters its channels, and the backward computes its result again: group more, and GATHER and, for each run of b / 2
+ * channels, GATHER_RUN (two Zen 4 cores, 1024 rows: at d = 1280, b = 40, m = 3, levels of 80 and 40 took 14.3 ms, one of
+ * 160 takes 12; at d = 1024, b = 2, m = 6, two levels of 8 took 13 ms, one of 64 takes 6.3). Then collapsing (k factors
+ * cost about 3 group b (k - 1) per channel), spread over this many rows.
  */
-enum { TOUCH = 24, GATHER = 106, ROWS = 1024 };
+enum { TOUCH = 24, GATHER = 80, GATHER_RUN = 520, ROWS = 1024 };
 
 static double level_cost(int64_t b, int64_t first, int64_t factors)
 {
     double group = (double)b * (double)((int64_t)1 << (factors - 1));
-    double gathering = first == 0 ? 0 : group + GATHER;
+    double gathering = first == 0 ? 0 : group + GATHER + GATHER_RUN / (0.5 * (double)b);
     return 3 * group + TOUCH + gathering + 3 * group * (double)b * (double)(factors - 1) / ROWS;
 }
 

@@ -78,7 +78,7 @@ int64_t boft_rotate_backward_tasks(const boft_plan *plan, int64_t rows)
 size_t boft_rotate_backward_workspace(const boft_plan *plan, boft_dtype dtype)
 {
     /* The input of every level and two strips of dy; two gathered groups and one gathered result. */
-    const int64_t strips = boft_tile_rows(plan) * ((plan->levels + 2) * boft_tile_channels(plan) + 3 * plan->super);
+    const int64_t strips = boft_backward_tile_rows(plan) * ((plan->levels + 2) * boft_tile_channels(plan) + 3 * plan->super);
     return (size_t)(strips + boft_max(2 * packed_reals(plan), paired_floats(plan, dtype))) * boft_real_size(dtype);
 }
 

@@ -312,7 +312,7 @@ VEC_FN void FN(rotate_backward_tile)(const boft_rotate_backward_args *args, FN(l
                                      int64_t channel, int64_t channels, REAL *dblocks, int accumulate, REAL *workspace)
 {
     const boft_plan *plan = args->plan;
-    const int64_t size = boft_tile_rows(plan) * boft_tile_channels(plan), last = plan->levels - 1;
+    const int64_t size = boft_backward_tile_rows(plan) * boft_tile_channels(plan), last = plan->levels - 1;
     REAL *inputs = workspace, *strips[2] = {inputs + plan->levels * size, inputs + (plan->levels + 1) * size};
     REAL *gathered = inputs + (plan->levels + 2) * size;
     FN(strip) x[BOFT_MAX_LEVELS] = {{NULL, 0}};
@@ -355,7 +355,7 @@ VEC_ATTR static void FN(rotate_backward)(const boft_rotate_backward_args *args, 
 {
     const boft_plan *plan = args->plan;
     const int64_t tile = boft_tile_channels(plan), span = boft_span_channels(plan), across = boft_spans(plan);
-    const int64_t splits = boft_rotate_backward_splits(plan, args->rows), tall = boft_tile_rows(plan);
+    const int64_t splits = boft_rotate_backward_splits(plan, args->rows), tall = boft_backward_tile_rows(plan);
     for (int64_t task = begin; task < end; task++) {
         const int64_t split = task / across, channel = task % across * span;
         const int64_t channels = boft_min(span, plan->d - channel);

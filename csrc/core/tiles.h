@@ -9,7 +9,9 @@ enum {
      * Rows that rotate and its backward work on together. With one level of small groups four: rows are then read as
      * streams across all channels, at FMA peak from cache (two Zen 4 cores: 1.0 times the floor at 1024 x 768 and
      * 1024 x 2048, where tiles of 32 rows took 1.1 and 3.7 because rows 8 KiB apart share the sets of the first-level
-     * cache). Larger groups are reused over more rows.
+     * cache). Larger groups are reused over more rows: 8 in the forward of groups of whole vectors (1024 x 1024, groups
+     * of 64: 1.5 times the floor, with 32 rows 1.75), 32 elsewhere (backward there 1.65 instead of 1.95; groups of 20
+     * 2.0 instead of 3.6 with 4 rows).
      */
     BOFT_TILE_ROWS_SMALL = 4,
     BOFT_TILE_ROWS_MIDDLE = 8,
@@ -38,12 +40,25 @@ static inline int64_t boft_max(int64_t a, int64_t b)
     return a > b ? a : b;
 }
 
-/* Rows of a tile. */
+/* Whether groups fill half a vector at most, or one or two vectors: they have loops of their own, over few rows. */
+static inline int boft_is_small(const boft_plan *plan)
+{
+    return plan->levels == 1 && (plan->super <= 8 || plan->super == 16 || plan->super == BOFT_SMALL_GROUP);
+}
+
+/* Rows of a tile of the forward. */
 static inline int64_t boft_tile_rows(const boft_plan *plan)
 {
-    if (plan->levels > 1 || plan->super > BOFT_MIDDLE_GROUP)
-        return BOFT_TILE_ROWS;
-    return plan->super > BOFT_SMALL_GROUP ? BOFT_TILE_ROWS_MIDDLE : BOFT_TILE_ROWS_SMALL;
+    if (boft_is_small(plan))
+        return BOFT_TILE_ROWS_SMALL;
+    const int middle = plan->levels == 1 && plan->super % 16 == 0 && plan->super <= BOFT_MIDDLE_GROUP;
+    return middle ? BOFT_TILE_ROWS_MIDDLE : BOFT_TILE_ROWS;
+}
+
+/* Rows of a tile of the backward. A sum over more rows loads and stores the gradients of larger groups less often. */
+static inline int64_t boft_backward_tile_rows(const boft_plan *plan)
+{
+    return boft_is_small(plan) ? BOFT_TILE_ROWS_SMALL : BOFT_TILE_ROWS;
 }
 
 /* Whether bfloat16 data is multiplied in pairs, where the processor can: one level of groups of whole vectors. */

@@ -360,7 +360,7 @@ static void test_all_shapes(void)
 /* Enough rows for the gradient to be summed in several splits, with a remainder. */
 static void test_many_rows(void)
 {
-    const shape shapes[] = {{16, 8, 2}, {12, 3, 1}, {24, 2, 3}, {128, 4, 6}};
+    const shape shapes[] = {{16, 8, 2}, {12, 3, 1}, {24, 2, 3}, {256, 8, 6}};
     const int64_t rows[] = {257, 1000, 4099};
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
         for (size_t k = 0; k < sizeof rows / sizeof *rows; k++)
@@ -382,7 +382,7 @@ static void test_many_rows(void)
 /* A range writes its own rows only. */
 static void test_partial_range(void)
 {
-    const shape shapes[] = {{48, 8, 2}, {35, 5, 1}, {128, 2, 6}};
+    const shape shapes[] = {{48, 8, 2}, {35, 5, 1}, {256, 8, 6}};
     for (int i = 0; i < 12; i++) {
         problem p;
         make_problem(&p, shapes[i / 4], dtypes[i % 4], 41, 0, GAPS, 0);
@@ -703,7 +703,7 @@ static void orthogonality_case(shape at)
 
 static void test_chain(void)
 {
-    const shape shapes[] = {{6, 3, 1}, {15, 5, 1}, {12, 2, 2}, {48, 8, 2}, {96, 4, 4}, {128, 2, 7}, {60, 10, 2}};
+    const shape shapes[] = {{6, 3, 1}, {15, 5, 1}, {12, 2, 2}, {48, 8, 2}, {96, 4, 4}, {256, 2, 8}, {60, 10, 2}};
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
         chain_case(shapes[i], 5);
     for (int64_t b = 2; b <= 16; b += 2)
