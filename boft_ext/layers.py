@@ -31,7 +31,7 @@ def _scales(adapters: Sequence[Adapter]) -> Tensor:
     return product
 
 
-def _bias(base_layer: nn.Module, like: Tensor) -> Tensor | None:
+def bias_of(base_layer: nn.Module, like: Tensor) -> Tensor | None:
     """The bias of a linear layer, also where hooks bring it in only while the layer runs."""
     bias = getattr(base_layer, "bias", None)
     if bias is not None and (bias.is_meta or bias.numel() == 0):
@@ -74,7 +74,7 @@ def linear_forward(base_layer: nn.Module, x: Tensor, adapters: Sequence[Adapter]
             return out
     for adapter in reversed(adapters):
         x = functional.rotate(x, adapter.boft_R, keep=adapter.keep)
-    bias = _bias(base_layer, x)
+    bias = bias_of(base_layer, x)
     if bias is not None and bias.requires_grad and _adds_its_bias_only(base_layer):
         # The gradient of a training bias is then one sum, rounded once, instead of two parts of it, one through z.
         z = nn.functional.linear(x, base_layer.weight, bias.detach())

@@ -19,6 +19,7 @@ from peft.tuners.boft import BOFTModel
 from peft.tuners.boft.layer import BOFTLayer, Conv2d, MultiplicativeDropoutLayer
 from torch import Tensor, nn
 
+from . import peft_strength
 from .config import resolve_shape
 from .nn import BOFTConv2d
 from .peft_swap import peft_is_patched
@@ -91,6 +92,7 @@ def update_layer(self, adapter_name: str, config: BOFTConfig, **kwargs: Any) -> 
     self.boft_block_size[adapter_name] = b
     self.boft_block_num[adapter_name] = blocks
     _remember(self, {adapter_name: config})
+    peft_strength.add(self, [adapter_name])
     self._move_adapter_to_device_of_base_layer(adapter_name)
     self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -157,6 +159,7 @@ def _adopt(layer: BOFTLayer, configs: Mapping[str, Any]) -> dict[str, int]:
     layer.fbd_cuda_available = NEEDS_PATCH
     configs = {name: configs[name] for name in layer.boft_R if isinstance(configs.get(name), BOFTConfig)}
     _remember(layer, configs)
+    peft_strength.add(layer, layer.boft_R)
     factors = {name: layer.boft_R[name].shape[0] for name in configs}
     return {name: m for name, m in factors.items() if m != configs[name].boft_n_butterfly_factor}
 

@@ -2,7 +2,8 @@
 
 The functions here become methods of ``peft.tuners.boft.layer.Linear`` and ``Conv2d`` (PEFT 0.21), so ``self`` is
 always such a layer. Their arguments and results are those of the methods they stand in for. A layer is safe under
-threads while it only computes without gradients; merging, loading and training need the caller's lock, as in PEFT.
+threads while it only computes without gradients and without `adapter_names`; merging, loading, training and changing
+strengths need the caller's lock, as in PEFT.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from . import functional, layers
+from . import functional, layers, peft_mixed, peft_strength
 from .peft_creation import adopt_all
 
 
@@ -60,11 +61,14 @@ def _to_apply(self) -> list[layers.Adapter]:
     # Straight from the module's own dictionaries: this runs in every forward of every layer.
     modules, names = self._modules, self._active_adapter
     rotations, scales, dropouts = modules["boft_R"], modules["boft_s"], modules["boft_dropout"]._modules
+    strengths = self.scaling
     adapters = []
     for name in (names,) if isinstance(names, str) else names:
         if name in rotations:
             boft_R = rotations[name]
-            adapters.append(layers.Adapter(boft_R, scales[name], _keep(boft_R, dropouts[name])))
+            adapter = layers.Adapter(boft_R, scales[name], _keep(boft_R, dropouts[name]))
+            strength = strengths[name]
+            adapters.append(adapter if strength == 1.0 else peft_strength.at_strength(adapter, strength))
     return adapters
 
 
@@ -75,6 +79,13 @@ def _as_input(result: Tensor, x: Tensor) -> Tensor:
     return result.to(x.dtype)
 
 
+def _as_weight(self, x: Tensor) -> Tensor:
+    """PEFT's convolution, unlike its linear layer, takes an input of another dtype than its weight."""
+    weight = self.base_layer.weight
+    same = x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)
+    return x if same else x.to(weight.dtype)
+
+
 def _base_forward(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The base layer alone, with or without the adapters in its weight."""
     if self._disable_adapters and self.merged_adapters:
@@ -82,8 +93,19 @@ def _base_forward(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     return _as_input(self.base_layer(x, *args, **kwargs), x)
 
 
+def _row_names(self, kwargs: dict[str, Any]) -> list[str] | None:
+    """Take `adapter_names` out of `kwargs`; None where all rows have the active adapters, or none has one."""
+    names = kwargs.pop("adapter_names")
+    return None if self._disable_adapters else names
+
+
 def linear_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """``base_layer(x R)`` scaled per output; dtype of `x`, or the base layer's under autocast."""
+    """``base_layer(x R)`` scaled per output; dtype of `x`, or the base layer's under autocast.
+
+    With `adapter_names` each row of `x` has an adapter of its own (see `peft_mixed`).
+    """
+    if "adapter_names" in kwargs and (names := _row_names(self, kwargs)) is not None:
+        return _as_input(peft_mixed.linear_forward(self, x, names, *args, **kwargs), x)
     adapters = _to_apply(self)
     if not adapters:
         return _base_forward(self, x, args, kwargs)
@@ -91,15 +113,16 @@ def linear_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def conv_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The base convolution with its weight rotated and scaled; dtype of `x`, or the base layer's under autocast."""
+    """The base convolution with its weight rotated and scaled; dtype of `x`, or the base layer's under autocast.
+
+    With `adapter_names` each row of `x` has an adapter of its own (see `peft_mixed`).
+    """
+    if "adapter_names" in kwargs and (names := _row_names(self, kwargs)) is not None:
+        return _as_input(peft_mixed.conv_forward(self, _as_weight(self, x), names, *args, **kwargs), x)
     adapters = _to_apply(self)
     if not adapters:
         return _base_forward(self, x, args, kwargs)
-    # PEFT's convolution, unlike its linear layer, takes an input of another dtype than its weight.
-    weight = self.base_layer.weight
-    same = x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)
-    data = x if same else x.to(weight.dtype)
-    return _as_input(layers.conv_forward(self.base_layer, data, adapters, *args, **kwargs), x)
+    return _as_input(layers.conv_forward(self.base_layer, _as_weight(self, x), adapters, *args, **kwargs), x)
 
 
 def _groups(self) -> int:
@@ -112,12 +135,12 @@ def _keeps_original(self, weight: Tensor) -> bool:
     return narrow and _options.keep_merged and self.quantization_backend is None
 
 
-def _refuse_zero_scale(self, name: str) -> None:
-    zero = (self.boft_s[name] == 0).flatten().nonzero()
+def _refuse_zero_scale(name: str, boft_s: Tensor) -> None:
+    zero = (boft_s == 0).flatten().nonzero()
     if zero.numel():
         raise ValueError(
-            f"boft_s of adapter {name!r} is 0 for output {int(zero[0])}: a merge into a weight whose original is not "
-            "kept could not be undone"
+            f"the scale of adapter {name!r} is 0 for output {int(zero[0])}: a merge into a weight whose original is "
+            "not kept could not be undone"
         )
 
 
@@ -142,9 +165,9 @@ def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None
         first = not self.merged_adapters
         keeps = _keeps_original(self, original) if first else self in _originals
         for name in names:
+            adapter = peft_strength.adapter(self, name)
             if not keeps:
-                _refuse_zero_scale(self, name)
-            adapter = layers.Adapter(self.boft_R[name], self.boft_s[name])
+                _refuse_zero_scale(name, adapter.boft_s)
             weight = layers.merged_weight(weight, [adapter], _groups(self))
             if safe_merge and not bool(torch.isfinite(weight).all()):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
@@ -175,13 +198,22 @@ def unmerge(self) -> None:
                     message = f"adapter {name!r} was deleted while merged: its rotation stays in the weight"
                     warnings.warn(message, stacklevel=2)
                     continue
-                weight = functional.unrotate_weight(weight, self.boft_R[name], self.boft_s[name], groups=_groups(self))
+                adapter = peft_strength.adapter(self, name)
+                weight = functional.unrotate_weight(weight, adapter.boft_R, adapter.boft_s, groups=_groups(self))
         self.set_base_weight(weight)
         _originals.pop(self, None)
         self.merged_adapters.clear()
 
 
 def get_delta_weight(self, adapter: str) -> tuple[Tensor, Tensor]:
-    """The dense ``(d, d)`` rotation R in the dtype of `boft_R` and the scale as ``(out, 1)``, both differentiable."""
-    boft_R = self.boft_R[adapter]
-    return functional.rotation_matrix(boft_R).to(boft_R.dtype), self.boft_s[adapter].reshape(-1, 1)
+    """The pair ``(R, s)`` of PEFT's BOFT layers, not a difference of weights: the merged weight is ``diag(s) W R^T``.
+
+    `weight + delta` means nothing for a rotation, so what PEFT builds on such sums does not apply to BOFT: weighted
+    combinations of adapters (activate several with `set_scale` instead, they compose) and the conversion to LoRA.
+
+    Returns: the dense ``(d, d)`` rotation and the scale as ``(out, 1)``, at the adapter's strength, in the dtypes of
+        `boft_R` and `boft_s`, both differentiable. KeyError for an unknown adapter.
+    """
+    at_strength = peft_strength.adapter(self, adapter)
+    rotation = functional.rotation_matrix(at_strength.boft_R).to(self.boft_R[adapter].dtype)
+    return rotation, at_strength.boft_s.reshape(-1, 1).to(self.boft_s[adapter].dtype)

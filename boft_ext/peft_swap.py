@@ -20,6 +20,9 @@ _SIGNATURES = {
     "layer.BOFTLayer.__init__": ("self", "base_layer", "kwargs"),
     "layer.BOFTLayer.update_layer": ("self", "adapter_name", "config", "kwargs"),
     "layer.BOFTLayer.reset_boft_parameters": ("self", "adapter_name", "init_weights"),
+    "layer.BOFTLayer.set_scale": ("self", "adapter", "scale"),
+    "layer.BOFTLayer.scale_layer": ("self", "scale"),
+    "layer.BOFTLayer.unscale_layer": ("self", "scale"),
     "layer.BOFTLayer.get_base_layer": ("self",),
     "layer.BOFTLayer.get_base_weight": ("self",),
     "layer.BOFTLayer.set_base_weight": ("self", "weight_data"),
@@ -131,11 +134,11 @@ def patch_peft(
                 raise RuntimeError(message)
             warnings.warn(message, stacklevel=2)
             return PatchStatus(False, version, dropout, keep_merged, reason)
-        from . import peft_creation, peft_layers
+        from . import peft_creation, peft_layers, peft_mixed, peft_strength
 
         peft_layers.configure(peft_layers.Options(dropout, keep_merged))
         if not _replaced:
-            _replace(peft_creation, peft_layers)
+            _replace(peft_creation, peft_layers, peft_strength, peft_mixed)
             peft_creation.adopt_all()
         _status = PatchStatus(True, version, dropout, keep_merged)
         return _status
@@ -206,7 +209,7 @@ def _difference(package: Any) -> str:
     return f"{_PACKAGE}.BOFTConfig has no field {', '.join(missing)}" if missing else ""
 
 
-def _replace(creation: Any, methods: Any) -> None:
+def _replace(creation: Any, methods: Any, strength: Any, mixed: Any) -> None:
     """Replace the methods, noting what each class had of its own."""
     package = importlib.import_module(_PACKAGE)
     layer = package.layer
@@ -219,13 +222,20 @@ def _replace(creation: Any, methods: Any) -> None:
     new = {
         layer.BOFTLayer: {
             "update_layer": creation.update_layer,
-            # By adapter like the others, so that deleting an adapter deletes its entry.
-            "other_param_names": (*layer.BOFTLayer.other_param_names, "boft_ext_configs"),
+            # By adapter like the others, so that deleting an adapter deletes its entries.
+            "other_param_names": (*layer.BOFTLayer.other_param_names, "boft_ext_configs", "scaling"),
             "boft_ext_configs": {},
+            "scaling": {},
+            "set_scale": strength.set_scale,
+            "scale_layer": strength.scale_layer,
+            "unscale_layer": strength.unscale_layer,
         },
         layer.Linear: {"forward": methods.linear_forward, **shared},
         layer.Conv2d: {"update_layer": creation.update_layer, "forward": methods.conv_forward, **shared},
-        package.BOFTModel: {"inject_adapter": creation.inject_adapter},
+        package.BOFTModel: {
+            "inject_adapter": creation.inject_adapter,
+            "_enable_peft_forward_hooks": mixed.enable_forward_hooks,
+        },
         package.BOFTConfig: {"from_pretrained": classmethod(creation.from_pretrained)},
     }
     for owner, attributes in new.items():

@@ -3,6 +3,8 @@
 #include <ATen/ops/empty.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
+#include <cstring>
+
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -79,6 +81,24 @@ at::Tensor empty_contiguous(const at::Tensor& tensor) {
   at::Tensor out = at::empty(tensor.sizes(), tensor.options().memory_format(at::MemoryFormat::Contiguous));
   if (out.nbytes() >= kHugePagesFrom) advise_huge_pages(out.mutable_data_ptr(), out.nbytes());
   return out;
+}
+
+void Runs::check(const at::Tensor& batch, int64_t adapters) const {
+  TORCH_CHECK_VALUE(batch.dim() >= 2 && ends.size() == choice.size(), "runs: got ", ends.size(), " ends and ",
+                    choice.size(), " adapters for a batch of shape ", batch.sizes());
+  int64_t begin = 0;
+  for (size_t i = 0; i < ends.size(); begin = ends[i++]) {
+    TORCH_CHECK_VALUE(ends[i] > begin, "runs: the run that begins with row ", begin, " ends before row ", ends[i]);
+    TORCH_CHECK_VALUE(choice[i] >= -1 && choice[i] < adapters, "runs: no adapter ", choice[i], " among ", adapters);
+  }
+  TORCH_CHECK_VALUE(begin == batch.size(0), "runs: they end before row ", begin, " of ", batch.size(0));
+}
+
+void copy_rows(const Rows& in, const at::Tensor& out, int64_t begin, int64_t end) {
+  const size_t item = out.element_size(), bytes = in.columns * item;
+  const char* from = static_cast<const char*>(in.data());
+  char* to = static_cast<char*>(out.mutable_data_ptr());
+  for (int64_t row = begin; row < end; row++) std::memcpy(to + row * bytes, from + row * in.stride * item, bytes);
 }
 
 }  // namespace boft

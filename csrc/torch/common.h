@@ -6,6 +6,7 @@
 #include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "boft.h"
 
@@ -53,5 +54,32 @@ void parallel(int64_t count, int64_t work, size_t workspace_bytes, const F& f) {
     check(f(begin, end, workspace.get()));
   });
 }
+
+// A batch cut along its first axis into runs of rows with the same adapter: run i ends before row ends[i] of the batch
+// and has the adapter choice[i], or none, which is -1.
+struct Runs {
+  std::vector<int64_t> ends, choice;
+
+  // ValueError unless the runs cover the first axis of `batch` in order, with choices below `adapters`.
+  void check(const at::Tensor& batch, int64_t adapters) const;
+
+  // Runs f(adapter, begin, end) on the parts of the runs within rows begin ... end-1 of `batch` seen as Rows, in order,
+  // until it refuses.
+  template <typename F>
+  boft_status visit(int64_t rows, int64_t begin, int64_t end, const F& f) const {
+    const int64_t each = ends.empty() || ends.back() == 0 ? 1 : rows / ends.back();
+    size_t run = std::upper_bound(ends.begin(), ends.end(), begin / each) - ends.begin();
+    for (; begin < end; run++) {
+      const int64_t stop = std::min(end, ends[run] * each);
+      const boft_status status = f(choice[run], begin, stop);
+      if (status != BOFT_OK) return status;
+      begin = stop;
+    }
+    return BOFT_OK;
+  }
+};
+
+// Copies rows begin ... end-1 to the same rows of the contiguous tensor `out`.
+void copy_rows(const Rows& in, const at::Tensor& out, int64_t begin, int64_t end);
 
 }  // namespace boft

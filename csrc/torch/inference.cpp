@@ -119,4 +119,22 @@ std::optional<Tensor> scale_now(const Tensor& z, const Tensor& s, const std::opt
   return scale_cpu(z, s, bias, false);
 }
 
+std::optional<Tensor> rotate_runs_now(const Tensor& x, const std::vector<int64_t>& ends,
+                                      const std::vector<int64_t>& choice, const std::vector<Tensor>& parameters) {
+  if (!is_plain(x) || !std::all_of(parameters.begin(), parameters.end(), serves)) return std::nullopt;
+  std::vector<Rotation> rotations;
+  for (const Tensor& boft_R : parameters)
+    rotations.push_back({blocks_of(boft_R, real_dtype(x.scalar_type())), boft_R.size(2), boft_R.size(0)});
+  return rotate_runs_cpu(x, {ends, choice}, rotations);
+}
+
+std::optional<Tensor> scale_runs_now(const Tensor& z, const std::vector<int64_t>& ends,
+                                     const std::vector<int64_t>& choice, const std::vector<Tensor>& scales,
+                                     const std::optional<Tensor>& bias) {
+  if (!cpu_kernels_in_use() || !is_plain(z) || !std::all_of(scales.begin(), scales.end(), is_plain) ||
+      (bias.has_value() && !is_plain(*bias)))
+    return std::nullopt;
+  return scale_runs_cpu(z, {ends, choice}, scales, bias);
+}
+
 }  // namespace boft

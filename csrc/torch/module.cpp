@@ -98,10 +98,12 @@ PYBIND11_MODULE(_C, module) {
   module.def("use_cpu_kernels", use_cpu_kernels, "Register (True) or withdraw (False) the CPU kernels. Idempotent.");
   module.def("cpu_kernels_in_use", boft::cpu_kernels_in_use);
   module.def("empty_contiguous", boft::empty_contiguous, "An uninitialised contiguous tensor like another one on the CPU.");
-  module.def("cached_blocks", boft::cached_blocks, "csrc/torch/ops.h says what these four do; None where they cannot.");
+  module.def("cached_blocks", boft::cached_blocks, "csrc/torch/ops.h says what these six do; None where they cannot.");
   module.def("rotate_now", boft::rotate_now, py::call_guard<py::gil_scoped_release>());
   module.def("scale_now", boft::scale_now, py::call_guard<py::gil_scoped_release>());
   module.def("linear_now", boft::linear_now, py::call_guard<py::gil_scoped_release>());
+  module.def("rotate_runs_now", boft::rotate_runs_now, py::call_guard<py::gil_scoped_release>());
+  module.def("scale_runs_now", boft::scale_runs_now, py::call_guard<py::gil_scoped_release>());
   module.def("levels", levels, "(first, factors) of each level for (d, b, m), lowest first; ValueError if invalid.");
   module.def("cpu_variants", cpu_variants, "The kernel variants that this processor can run, best first.");
   module.def("cpu_variant", [] { return std::string(boft_cpu_name()); }, "The kernel variant in use.");

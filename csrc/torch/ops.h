@@ -5,6 +5,9 @@
 #include <torch/library.h>
 
 #include <optional>
+#include <vector>
+
+#include "common.h"
 
 namespace boft {
 
@@ -18,6 +21,16 @@ at::Tensor rotate_cpu(const at::Tensor& x, const at::Tensor& blocks, int64_t b, 
                       bool compact = false);
 at::Tensor scale_cpu(const at::Tensor& z, const at::Tensor& s, const std::optional<at::Tensor>& bias, bool bias_detached,
                      bool compact = false);
+
+// The same with an adapter for each run of rows of the first axis; rows without one are copied. In one pass and without
+// gradients. Batches have at least two axes.
+struct Rotation {
+  at::Tensor blocks;  // contiguous
+  int64_t b, m;
+};
+at::Tensor rotate_runs_cpu(const at::Tensor& x, const Runs& runs, const std::vector<Rotation>& rotations);
+at::Tensor scale_runs_cpu(const at::Tensor& z, const Runs& runs, const std::vector<at::Tensor>& scales,
+                          const std::optional<at::Tensor>& bias);
 
 bool cpu_kernels_in_use();
 
@@ -33,5 +46,13 @@ std::optional<at::Tensor> rotate_now(const at::Tensor& x, const at::Tensor& boft
 std::optional<at::Tensor> scale_now(const at::Tensor& z, const at::Tensor& s, const std::optional<at::Tensor>& bias);
 std::optional<at::Tensor> linear_now(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                                      const at::Tensor& boft_R, const at::Tensor& s);
+
+// The same for batches cut into runs, with cached blocks.
+std::optional<at::Tensor> rotate_runs_now(const at::Tensor& x, const std::vector<int64_t>& ends,
+                                          const std::vector<int64_t>& choice,
+                                          const std::vector<at::Tensor>& parameters);
+std::optional<at::Tensor> scale_runs_now(const at::Tensor& z, const std::vector<int64_t>& ends,
+                                         const std::vector<int64_t>& choice, const std::vector<at::Tensor>& scales,
+                                         const std::optional<at::Tensor>& bias);
 
 }  // namespace boft

@@ -67,6 +67,31 @@ Tensor rotate_cpu(const Tensor& x, const Tensor& blocks_any, int64_t b, int64_t 
   return y;
 }
 
+Tensor rotate_runs_cpu(const Tensor& x, const Runs& runs, const std::vector<Rotation>& rotations) {
+  const boft_dtype dtype = data_dtype(x, "x");
+  runs.check(x, static_cast<int64_t>(rotations.size()));
+  const Rows in(x);
+  Tensor y = empty_contiguous(x);
+  std::vector<boft_plan> plans;
+  size_t workspace = 0;
+  int64_t work = 1;
+  for (const auto& [blocks, b, m] : rotations) {
+    plans.push_back(plan_of(x, b, m));
+    check_rotate(x, blocks, plans.back());
+    workspace = std::max(workspace, boft_rotate_workspace(&plans.back(), dtype));
+    work = std::max(work, work_per_element(plans.back()));
+  }
+  parallel(in.rows, in.rows * in.columns * work, workspace, [&](int64_t begin, int64_t end, void* ws) {
+    return runs.visit(in.rows, begin, end, [&](int64_t adapter, int64_t first, int64_t stop) {
+      if (adapter < 0) return copy_rows(in, y, first, stop), BOFT_OK;
+      const boft_rotate_args args = {&plans[adapter], dtype, 0, in.rows, in.data(), in.stride,
+                                     rotations[adapter].blocks.const_data_ptr(), y.mutable_data_ptr(), in.columns};
+      return boft_rotate(&args, first, stop, ws);
+    });
+  });
+  return y;
+}
+
 namespace {
 
 std::tuple<Tensor, Tensor> rotate_backward_cpu(const Tensor& dy, const Tensor& x, const Tensor& blocks_any, int64_t b,

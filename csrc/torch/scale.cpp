@@ -55,6 +55,28 @@ Tensor scale_cpu(const Tensor& z, const Tensor& s, const std::optional<Tensor>& 
   return out;
 }
 
+Tensor scale_runs_cpu(const Tensor& z, const Runs& runs, const std::vector<Tensor>& scales,
+                      const std::optional<Tensor>& bias) {
+  const boft_dtype dtype = data_dtype(z, "z");
+  const int64_t n = outputs_of(z);
+  const at::ScalarType real = real_dtype(z.scalar_type());
+  runs.check(z, static_cast<int64_t>(scales.size()));
+  std::vector<Tensor> factors;
+  for (const Tensor& s : scales) factors.push_back(real_vector(s, n, real, "boft_s"));
+  const Tensor shifts = bias.has_value() ? real_vector(*bias, n, real, "bias") : Tensor();
+  const Rows in(z);
+  Tensor out = empty_contiguous(z);
+  parallel(in.rows, in.rows * n * 8, 0, [&](int64_t begin, int64_t end, void*) {
+    return runs.visit(in.rows, begin, end, [&](int64_t adapter, int64_t first, int64_t stop) {
+      if (adapter < 0) return copy_rows(in, out, first, stop), BOFT_OK;
+      const boft_scale_args args = {dtype, in.rows, n, in.data(), in.stride, factors[adapter].const_data_ptr(),
+                                    shifts.defined() ? shifts.const_data_ptr() : nullptr, out.mutable_data_ptr(), n};
+      return boft_scale(&args, first, stop);
+    });
+  });
+  return out;
+}
+
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor> scale_backward_cpu(const Tensor& dy, const std::optional<Tensor>& z, const Tensor& s,
