@@ -6,23 +6,31 @@ See README.md for examples; `python -m boft_ext info` says what this installatio
 from . import functional
 from .adapter import load_adapter, save_adapter, wrap
 from .config import BOFTConfig
+from .export import export_merged
 from .info import build_info
+from .lora import export_lora
 from .nn import BOFTConv2d, BOFTLinear
 from .peft_swap import patch_peft, peft_is_patched, unpatch_peft
+from .report import parameter_report
 from .saved import saved_activations, set_saved_activations
+from .suggest import suggest_config
 
 __all__ = [
     "BOFTConfig",
     "BOFTConv2d",
     "BOFTLinear",
     "build_info",
+    "export_lora",
+    "export_merged",
     "functional",
     "load_adapter",
+    "parameter_report",
     "patch_peft",
     "peft_is_patched",
     "save_adapter",
     "saved_activations",
     "set_saved_activations",
+    "suggest_config",
     "unpatch_peft",
     "wrap",
 ]

@@ -61,12 +61,21 @@ def blocks(boft_R: Tensor, dtype: torch.dtype, keep: Tensor | None = None) -> Te
 
     Returns: a vector for `rotate`, float64 when `dtype` is, otherwise float32.
     """
+    _check_boft_R(boft_R)
+    if keep is None and not (torch.is_grad_enabled() and boft_R.requires_grad) and not torch.compiler.is_compiling():
+        return cached_blocks(boft_R, accumulate_dtype(dtype))
+    return _fresh_blocks(boft_R, dtype, keep)
+
+
+def _check_boft_R(boft_R: Tensor) -> None:
     if boft_R.dim() != 4 or boft_R.shape[-1] != boft_R.shape[-2]:
         raise ValueError(f"boft_R: expected (m, d / b, b, b), got {tuple(boft_R.shape)}")
-    arithmetic = accumulate_dtype(dtype)
-    if keep is None and not (torch.is_grad_enabled() and boft_R.requires_grad) and not torch.compiler.is_compiling():
-        return cached_blocks(boft_R, arithmetic)
-    return torch.ops.boft.blocks(boft_R.to(arithmetic), keep)[0]
+
+
+def _fresh_blocks(boft_R: Tensor, dtype: torch.dtype, keep: Tensor | None) -> Tensor:
+    """`blocks`, computed now and kept by the caller alone."""
+    _check_boft_R(boft_R)
+    return torch.ops.boft.blocks(boft_R.to(accumulate_dtype(dtype)), keep)[0]
 
 
 def rotate(
@@ -119,19 +128,28 @@ def _group_rows(weight: Tensor, groups: int) -> Tensor:
     return weight.view(groups, out // groups, columns).transpose(0, 1).reshape(out // groups, groups * columns)
 
 
-def _rotate_rows(weight: Tensor, boft_R: Tensor, groups: int, keep: Tensor | None, transpose: bool) -> Tensor:
-    """Rotate the rows of a flattened weight ``(out, d / groups)`` by ``R^T`` (`transpose`) or ``R``."""
+def _rotate_rows(
+    weight: Tensor, boft_R: Tensor, groups: int, keep: Tensor | None, transpose: bool, made: Tensor | None = None
+) -> Tensor:
+    """Rotate the rows of a flattened weight ``(out, d / groups)`` by ``R^T`` (`transpose`) or ``R``, with blocks `made`
+    of `boft_R` and `keep` if there are any."""
+
+    def rotated(rows: Tensor) -> Tensor:
+        if made is None:
+            return rotate(rows, boft_R, keep=keep, transpose=transpose)
+        return torch.ops.boft.rotate(rows, made, boft_R.shape[-1], boft_R.shape[0], transpose)
+
     out, columns = weight.shape
     if groups == 1:
-        return rotate(weight, boft_R, keep=keep, transpose=transpose)
+        return rotated(weight)
     m, _, b, _ = boft_R.shape
     if columns % (b * 2 ** (m - 1)) != 0:
         raise ValueError(
             f"a group of {columns} unfolded channels (groups = {groups}) cannot be rotated by itself: it must be "
             f"divisible by b 2^(m-1) = {b * 2 ** (m - 1)} (b = {b}, m = {m})"
         )
-    rotated = rotate(_group_rows(weight, groups), boft_R, keep=keep, transpose=transpose)
-    return rotated.view(out // groups, groups, columns).transpose(0, 1).reshape(out, columns)
+    rows = rotated(_group_rows(weight, groups))
+    return rows.view(out // groups, groups, columns).transpose(0, 1).reshape(out, columns)
 
 
 def rotate_weight(
@@ -141,6 +159,7 @@ def rotate_weight(
     *,
     groups: int = 1,
     keep: Tensor | None = None,
+    reuse: bool = True,
 ) -> Tensor:
     """The merged weight ``diag(s) W R^T`` (PEFT `Linear.merge`, `Conv2d.merge`). Ignores autocast.
 
@@ -151,19 +170,22 @@ def rotate_weight(
         groups: of the convolution; every group uses its own diagonal part of R, so ``in kh kw / groups`` must be
             divisible by ``b 2^(m-1)`` (ValueError otherwise).
         keep: see `rotate`.
+        reuse: with gradients off, keep the blocks for the next call with the same `boft_R`, as `rotate` does. False
+            where there will be none: what is kept lies between the weights in memory, and its pieces add up.
 
     Returns: a new contiguous tensor of the shape and dtype of `weight`, rounded once.
     """
     with torch.autocast(weight.device.type, enabled=False):
         flat = weight.reshape(weight.shape[0], -1)
+        made = None if reuse else _fresh_blocks(boft_R, weight.dtype, keep)
         if groups != 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return _merged_rows(flat, boft_R, boft_s, groups, keep).to(weight.dtype).view(weight.shape)
+            return _merged_rows(flat, boft_R, boft_s, groups, keep, made).to(weight.dtype).view(weight.shape)
         out = torch.empty_like(flat) if weight.device.type != "cpu" else _C.empty_contiguous(flat)
         scales = None if boft_s is None else boft_s.reshape(-1, 1)
         for first in range(0, flat.shape[0], rows := max(1, _MERGE_ELEMENTS // max(1, flat.shape[1]))):
             part = slice(first, first + rows)
             s = None if scales is None else scales[part]
-            out[part] = _merged_rows(flat[part], boft_R, s, 1, keep)
+            out[part] = _merged_rows(flat[part], boft_R, s, 1, keep, made)
         return out.view(weight.shape)
 
 
@@ -172,9 +194,11 @@ def rotate_weight(
 _MERGE_ELEMENTS = 1 << 19
 
 
-def _merged_rows(flat: Tensor, boft_R: Tensor, boft_s: Tensor | None, groups: int, keep: Tensor | None) -> Tensor:
+def _merged_rows(
+    flat: Tensor, boft_R: Tensor, boft_s: Tensor | None, groups: int, keep: Tensor | None, made: Tensor | None
+) -> Tensor:
     """``diag(s) W R^T`` of a flattened weight in the dtype of the arithmetic."""
-    rotated = _rotate_rows(flat.to(accumulate_dtype(flat.dtype)), boft_R, groups, keep, transpose=True)
+    rotated = _rotate_rows(flat.to(accumulate_dtype(flat.dtype)), boft_R, groups, keep, transpose=True, made=made)
     return rotated if boft_s is None else rotated * boft_s.reshape(-1, 1).to(rotated.dtype)
 
 

@@ -83,13 +83,16 @@ def linear_forward(base_layer: nn.Module, x: Tensor, adapters: Sequence[Adapter]
     return functional.scale(z, _scales(adapters), bias)
 
 
-def merged_weight(weight: Tensor, adapters: Sequence[Adapter], groups: int = 1) -> Tensor:
+def merged_weight(weight: Tensor, adapters: Sequence[Adapter], groups: int = 1, reuse: bool = True) -> Tensor:
     """``diag(s) W R^T`` for all adapters, first to last, in the dtype of `weight`, differentiable in the adapters.
 
-    `weight` is ``(out, in)`` or ``(out, in / groups, kh, kw)``; it is not changed.
+    `weight` is ``(out, in)`` or ``(out, in / groups, kh, kw)``; it is not changed. `reuse`: see
+    `functional.rotate_weight`; a merge, unlike a forward, has no next call.
     """
     for adapter in adapters:
-        weight = functional.rotate_weight(weight, adapter.boft_R, adapter.boft_s, groups=groups, keep=adapter.keep)
+        weight = functional.rotate_weight(
+            weight, adapter.boft_R, adapter.boft_s, groups=groups, keep=adapter.keep, reuse=reuse
+        )
     return weight
 
 

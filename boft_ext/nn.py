@@ -85,6 +85,10 @@ class _BOFTLayer(nn.Module):
     def _groups(self) -> int:
         return 1
 
+    def adapter_to_merge(self) -> layers.Adapter:
+        """The adapter as a merge applies it: all of it, without dropout."""
+        return layers.Adapter(self.boft_R, self.boft_s)
+
     def _adapter(self) -> layers.Adapter:
         keep = None
         if self.training and self.boft_dropout > 0:
@@ -113,7 +117,7 @@ class _BOFTLayer(nn.Module):
         if not keep and bool((self.boft_s == 0).any()):
             zero = int((self.boft_s.flatten() == 0).nonzero()[0])
             raise ValueError(f"boft_s is 0 for output {zero}: this merge could not be undone")
-        merged = layers.merged_weight(weight, [layers.Adapter(self.boft_R, self.boft_s)], self._groups)
+        merged = layers.merged_weight(weight, [self.adapter_to_merge()], self._groups, reuse=False)
         if safe_merge and not bool(torch.isfinite(merged).all()):
             raise ValueError(f"the merged weight of {self} holds NaN or infinity, the layer stays unmerged")
         self._original = weight.detach().clone() if keep else None

@@ -168,7 +168,7 @@ def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None
             adapter = peft_strength.adapter(self, name)
             if not keeps:
                 _refuse_zero_scale(name, adapter.boft_s)
-            weight = layers.merged_weight(weight, [adapter], _groups(self))
+            weight = layers.merged_weight(weight, [adapter], _groups(self), reuse=False)
             if safe_merge and not bool(torch.isfinite(weight).all()):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
         self.set_base_weight(weight)

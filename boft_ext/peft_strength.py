@@ -37,7 +37,8 @@ def add(layer: nn.Module, names: Iterable[str]) -> None:
 def adapter(layer: nn.Module, name: str) -> layers.Adapter:
     """The adapter `name` of a PEFT layer at its strength, without dropout; differentiable in its parameters."""
     full = layers.Adapter(layer.boft_R[name], layer.boft_s[name])
-    strength = layer.scaling.get(name, 1.0)
+    # Layers that PEFT made while it was not patched have no strengths.
+    strength = getattr(layer, "scaling", {}).get(name, 1.0)
     return full if strength == 1.0 else at_strength(full, strength)
 
 
