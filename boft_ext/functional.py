@@ -164,11 +164,11 @@ def rotate_weight(
     """The merged weight ``diag(s) W R^T`` (PEFT `Linear.merge`, `Conv2d.merge`). Ignores autocast.
 
     Args:
-        weight: ``(out, in)`` or a convolution's ``(out, in / groups, kh, kw)``, flattened to ``(out, in kh kw / groups)``.
-        boft_R: ``(m, D, b, b)`` over all ``in kh kw`` unfolded channels.
+        weight: ``(out, in)`` or a convolution's ``(out, in / groups, *kernel)``, whose rows are flattened.
+        boft_R: ``(m, D, b, b)`` over all unfolded channels, ``in`` times the elements of the kernel.
         boft_s: out values of any shape, or None for ones.
-        groups: of the convolution; every group uses its own diagonal part of R, so ``in kh kw / groups`` must be
-            divisible by ``b 2^(m-1)`` (ValueError otherwise).
+        groups: of the convolution; every group uses its own diagonal part of R, so the length of a flattened row must
+            be divisible by ``b 2^(m-1)`` (ValueError otherwise).
         keep: see `rotate`.
         reuse: with gradients off, keep the blocks for the next call with the same `boft_R`, as `rotate` does. False
             where there will be none: what is kept lies between the weights in memory, and its pieces add up.

@@ -86,7 +86,7 @@ def linear_forward(base_layer: nn.Module, x: Tensor, adapters: Sequence[Adapter]
 def merged_weight(weight: Tensor, adapters: Sequence[Adapter], groups: int = 1, reuse: bool = True) -> Tensor:
     """``diag(s) W R^T`` for all adapters, first to last, in the dtype of `weight`, differentiable in the adapters.
 
-    `weight` is ``(out, in)`` or ``(out, in / groups, kh, kw)``; it is not changed. `reuse`: see
+    `weight` is ``(out, in)`` or ``(out, in / groups, *kernel)``; it is not changed. `reuse`: see
     `functional.rotate_weight`; a merge, unlike a forward, has no next call.
     """
     for adapter in adapters:
@@ -121,14 +121,25 @@ def _shadowed(module: nn.Module, name: str, value: Any) -> Iterator[None]:
         attributes.update(own)
 
 
-def conv_forward(base_layer: nn.Module, x: Tensor, adapters: Sequence[Adapter], *args: Any, **kwargs: Any) -> Tensor:
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def conv_forward(
+    base_layer: nn.Module,
+    x: Tensor,
+    adapters: Sequence[Adapter],
+    *args: Any,
+    weight: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
     """A convolution with the merged weight, through the base layer itself so that its options and hooks apply.
 
     Safe under threads unless the base layer has hooks or a forward of its own.
 
     Args:
-        base_layer: an `nn.Conv2d` (any stride, padding, dilation, padding mode and groups).
-        x: ``(N, in, h, w)`` or ``(in, h, w)``. adapters: at least one.
+        base_layer: an `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d` (any stride, padding, dilation, padding mode and groups).
+        x: ``(N, in, *sizes)`` or ``(in, *sizes)``. adapters: at least one.
+        weight: to rotate instead of ``base_layer.weight``, which is then not touched.
 
     Returns: what `base_layer` returns for its weight replaced by `merged_weight`.
     """
@@ -136,9 +147,10 @@ def conv_forward(base_layer: nn.Module, x: Tensor, adapters: Sequence[Adapter], 
     def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return type(base_layer)._conv_forward(base_layer, x, merged_weight(weight, adapters, base_layer.groups), bias)
 
-    if type(base_layer).forward is not nn.Conv2d.forward:
+    if weight is not None or not any(type(base_layer).forward is kind.forward for kind in _CONVOLUTIONS):
         # Not functional_call, whose replacement FSDP's own shadow of the weight hides.
-        with _shadowed(base_layer, "weight", merged_weight(base_layer.weight, adapters, base_layer.groups)):
+        weight = base_layer.weight if weight is None else weight
+        with _shadowed(base_layer, "weight", merged_weight(weight, adapters, base_layer.groups)):
             return base_layer(x, *args, **kwargs)
     if _has_hooks(base_layer):
         # Hooks may bring in the weight only now, so it is rotated inside.

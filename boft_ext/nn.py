@@ -18,6 +18,19 @@ from .config import BOFTConfig, as_config, resolve_shape
 from .reference import accumulate_dtype
 
 
+def resolve_convolution(base_layer: nn.Module, config: Any) -> tuple[int, int, int]:
+    """``(b, D, m)`` for a convolution of any dimension. ValueError, naming the numbers, if they do not fit."""
+    channels = base_layer.in_channels * math.prod(base_layer.kernel_size)
+    b, blocks, m = resolve_shape(channels, config)
+    group = b * 2 ** (m - 1)
+    if channels // base_layer.groups % group != 0:
+        raise ValueError(
+            f"{channels} unfolded channels in groups = {base_layer.groups} of {channels // base_layer.groups}: "
+            f"each must be divisible by b 2^(m-1) = {group} (b = {b}, m = {m})"
+        )
+    return b, blocks, m
+
+
 class _BOFTLayer(nn.Module):
     """What both layers share: the parameters, dropout, merging.
 
@@ -217,15 +230,7 @@ class BOFTConv2d(_BOFTLayer):
         """``(b, D, m)`` for `base_layer`. TypeError for another kind of layer, ValueError if they do not fit."""
         if not isinstance(base_layer, nn.Conv2d):
             raise TypeError(f"expected a torch.nn.Conv2d, got {type(base_layer).__name__}")
-        channels = base_layer.in_channels * math.prod(base_layer.kernel_size)
-        b, blocks, m = resolve_shape(channels, config)
-        group = b * 2 ** (m - 1)
-        if channels // base_layer.groups % group != 0:
-            raise ValueError(
-                f"{channels} unfolded channels in groups = {base_layer.groups} of {channels // base_layer.groups}: "
-                f"each must be divisible by b 2^(m-1) = {group} (b = {b}, m = {m})"
-            )
-        return b, blocks, m
+        return resolve_convolution(base_layer, config)
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, config: Any) -> BOFTConv2d:

@@ -19,9 +19,9 @@ from peft.tuners.boft import BOFTModel
 from peft.tuners.boft.layer import BOFTLayer, Conv2d, MultiplicativeDropoutLayer
 from torch import Tensor, nn
 
-from . import peft_strength
+from . import peft_strength, peft_weights
 from .config import resolve_shape
-from .nn import BOFTConv2d
+from .nn import resolve_convolution
 from .peft_swap import peft_is_patched
 
 
@@ -44,9 +44,18 @@ NEEDS_PATCH = _NeedsPatch()
 
 def _resolve(layer: BOFTLayer, config: Any) -> tuple[int, int, int]:
     """``(b, D, m)`` that `config` gives `layer`; ValueError naming the numbers if there is none."""
+    base_layer = layer.get_base_layer()
     if isinstance(layer, Conv2d):
-        return BOFTConv2d.resolve(layer.get_base_layer(), config)
-    return resolve_shape(layer.in_features, config)
+        return resolve_convolution(base_layer, config)
+    channels = base_layer.embedding_dim if isinstance(base_layer, nn.Embedding) else layer.in_features
+    return resolve_shape(channels, config)
+
+
+def _scale_shape(layer: BOFTLayer) -> tuple[int, int]:
+    base_layer = layer.get_base_layer()
+    if isinstance(layer, Conv2d):
+        return 1, layer.out_features
+    return base_layer.num_embeddings if isinstance(base_layer, nn.Embedding) else layer.out_features, 1
 
 
 def _resolve_any_factors(layer: BOFTLayer, config: BOFTConfig) -> tuple[int, int, int]:
@@ -72,6 +81,8 @@ def update_layer(self, adapter_name: str, config: BOFTConfig, **kwargs: Any) -> 
     """Give the layer an adapter: ``boft_R`` ``(m, D, b, b)`` and ``boft_s``, ``(out, 1)`` or, for a convolution,
     ``(1, out)``, on the device and in the dtype that PEFT gives them.
 
+    An embedding layer counts as a linear one of `embedding_dim` inputs and `num_embeddings` outputs.
+
     Raises: ValueError, with the layer unchanged, if b and m do not fit its channels, or for `boft_dropout` outside
         0 ... 1 or an `init_weights` that is not True or False.
     """
@@ -84,10 +95,9 @@ def update_layer(self, adapter_name: str, config: BOFTConfig, **kwargs: Any) -> 
     if "boft_P" in self._buffers:
         adopt_all(self)
     self.fbd_cuda_available = NEEDS_PATCH
-    scale_shape = (1, self.out_features) if isinstance(self, Conv2d) else (self.out_features, 1)
     self.boft_dropout[adapter_name] = MultiplicativeDropoutLayer(p=p) if p > 0 else nn.Identity()
     self.boft_R[adapter_name] = nn.Parameter(torch.zeros(m, blocks, b, b))
-    self.boft_s[adapter_name] = nn.Parameter(torch.ones(scale_shape))
+    self.boft_s[adapter_name] = nn.Parameter(torch.ones(_scale_shape(self)))
     self.reset_boft_parameters(adapter_name, config.init_weights)
     self.boft_block_size[adapter_name] = b
     self.boft_block_num[adapter_name] = blocks
@@ -113,6 +123,7 @@ def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwar
                 parent, _, child = name.rpartition(".")
                 setattr(before[parent], child, before[name])
         raise
+    peft_weights.mark(model)
 
 
 def load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
@@ -175,12 +186,14 @@ def adopt_all(layer: BOFTLayer | None = None) -> None:
     # A layer does not know its configuration; the models that do cannot be reached from it.
     for owner in [o for o in gc.get_objects() if issubclass(type(o), nn.Module) and "peft_config" in o.__dict__]:
         configs = owner.__dict__["peft_config"]
-        for module in owner.modules():
-            if isinstance(module, BOFTLayer) and "boft_P" in module._buffers:
-                differing = _adopt(module, configs)
-                count += bool(differing)
-                for name, m in differing.items():
-                    told[name] = f"{name!r} has m = {m}, its configuration {configs[name].boft_n_butterfly_factor}"
+        made_by_peft = [m for m in owner.modules() if isinstance(m, BOFTLayer) and "boft_P" in m._buffers]
+        for module in made_by_peft:
+            differing = _adopt(module, configs)
+            count += bool(differing)
+            for name, m in differing.items():
+                told[name] = f"{name!r} has m = {m}, its configuration {configs[name].boft_n_butterfly_factor}"
+        if made_by_peft:
+            peft_weights.mark(owner)
     if layer is not None and "boft_P" in layer._buffers:
         _adopt(layer, {})
     if told:

@@ -16,7 +16,7 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from . import functional, layers, peft_mixed, peft_strength
+from . import functional, layers, peft_mixed, peft_offload, peft_strength, peft_weights
 from .peft_creation import adopt_all
 
 
@@ -52,7 +52,7 @@ def _keep(boft_R: Tensor, dropout: nn.Module) -> Tensor | None:
     return functional.dropout_keep_paper(m, blocks, p1, p2, boft_R.device)
 
 
-def _to_apply(self) -> list[layers.Adapter]:
+def to_apply(self) -> list[layers.Adapter]:
     """The adapters that act in a forward call, first to last: the active ones, none while disabled or merged."""
     if self._disable_adapters or self.merged_adapters:
         return []
@@ -65,8 +65,10 @@ def _to_apply(self) -> list[layers.Adapter]:
     adapters = []
     for name in (names,) if isinstance(names, str) else names:
         if name in rotations:
-            boft_R = rotations[name]
-            adapter = layers.Adapter(boft_R, scales[name], _keep(boft_R, dropouts[name]))
+            boft_R, boft_s = rotations[name], scales[name]
+            if boft_R.is_meta:
+                boft_R, boft_s = peft_offload.fetch(rotations, name), peft_offload.fetch(scales, name)
+            adapter = layers.Adapter(boft_R, boft_s, _keep(boft_R, dropouts[name]))
             strength = strengths[name]
             adapters.append(adapter if strength == 1.0 else peft_strength.at_strength(adapter, strength))
     return adapters
@@ -79,21 +81,25 @@ def _as_input(result: Tensor, x: Tensor) -> Tensor:
     return result.to(x.dtype)
 
 
-def _as_weight(self, x: Tensor) -> Tensor:
+def _as_weight(x: Tensor, weight: Tensor) -> Tensor:
     """PEFT's convolution, unlike its linear layer, takes an input of another dtype than its weight."""
-    weight = self.base_layer.weight
     same = x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)
     return x if same else x.to(weight.dtype)
 
 
-def _base_forward(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The base layer alone, with or without the adapters in its weight."""
+def leave_the_weight_if_disabled(self) -> None:
+    """Disabled adapters must not act through a merged weight either."""
     if self._disable_adapters and self.merged_adapters:
         self.unmerge()
+
+
+def _base_forward(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The base layer alone, with or without the adapters in its weight."""
+    leave_the_weight_if_disabled(self)
     return _as_input(self.base_layer(x, *args, **kwargs), x)
 
 
-def _row_names(self, kwargs: dict[str, Any]) -> list[str] | None:
+def row_names(self, kwargs: dict[str, Any]) -> list[str] | None:
     """Take `adapter_names` out of `kwargs`; None where all rows have the active adapters, or none has one."""
     names = kwargs.pop("adapter_names")
     return None if self._disable_adapters else names
@@ -104,25 +110,40 @@ def linear_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
     With `adapter_names` each row of `x` has an adapter of its own (see `peft_mixed`).
     """
-    if "adapter_names" in kwargs and (names := _row_names(self, kwargs)) is not None:
+    if "adapter_names" in kwargs and (names := row_names(self, kwargs)) is not None:
         return _as_input(peft_mixed.linear_forward(self, x, names, *args, **kwargs), x)
-    adapters = _to_apply(self)
+    adapters = to_apply(self)
     if not adapters:
         return _base_forward(self, x, args, kwargs)
+    if x.is_nested:
+        # nn.TransformerEncoder makes these of padded input; only torch's own operators know them.
+        return nn.functional.linear(x, layers.merged_weight(self.base_layer.weight, adapters), self.base_layer.bias)
     return _as_input(layers.linear_forward(self.base_layer, x, adapters, *args, **kwargs), x)
 
 
 def conv_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The base convolution with its weight rotated and scaled; dtype of `x`, or the base layer's under autocast.
 
-    With `adapter_names` each row of `x` has an adapter of its own (see `peft_mixed`).
+    With `adapter_names` each row of `x` has an adapter of its own (see `peft_mixed`); the base layer is then called once
+    for each adapter, since each has its own weight.
     """
-    if "adapter_names" in kwargs and (names := _row_names(self, kwargs)) is not None:
-        return _as_input(peft_mixed.conv_forward(self, _as_weight(self, x), names, *args, **kwargs), x)
-    adapters = _to_apply(self)
-    if not adapters:
+    names = row_names(self, kwargs) if "adapter_names" in kwargs else None
+    adapters = to_apply(self) if names is None else []
+    if names is None and not adapters:
         return _base_forward(self, x, args, kwargs)
-    return _as_input(layers.conv_forward(self.base_layer, _as_weight(self, x), adapters, *args, **kwargs), x)
+    # A quantised weight cannot be rotated as it is stored.
+    dequantised = None if self.quantization_backend is None else self.get_base_weight()
+    data = _as_weight(x, self.base_layer.weight if dequantised is None else dequantised)
+
+    def convolve(adapters: list[layers.Adapter], rows: Tensor) -> Tensor:
+        if not adapters:
+            return self.base_layer(rows, *args, **kwargs)
+        return layers.conv_forward(self.base_layer, rows, adapters, *args, weight=dequantised, **kwargs)
+
+    if names is None:
+        return _as_input(convolve(adapters, data), x)
+    axes = 2 + len(self.base_layer.kernel_size)
+    return _as_input(peft_mixed.by_adapter(self, data, names, axes, convolve), x)
 
 
 def _groups(self) -> int:
@@ -147,7 +168,8 @@ def _refuse_zero_scale(name: str, boft_s: Tensor) -> None:
 def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
     """Write ``diag(s) W R^T`` of the adapters into the base weight, of all of them or of none.
 
-    The original of a 16-bit weight stays in memory until `unmerge` (option `keep_merged`).
+    The original of a 16-bit weight stays in memory until `unmerge` (option `keep_merged`). Modules that share the
+    weight, as tied embeddings do, keep it unmerged, and `unmerge` ties them again.
 
     Args:
         safe_merge: refuse a weight that is not finite.
@@ -161,9 +183,10 @@ def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None
         return
     # An inference tensor as a weight could never be trained through again.
     with torch.inference_mode(False), torch.no_grad():
-        original = weight = self.get_base_weight()
+        original = weight = peft_weights.read(self)
         first = not self.merged_adapters
-        keeps = _keeps_original(self, original) if first else self in _originals
+        shared = peft_weights.shared(self) if first else None
+        keeps = (shared is not None or _keeps_original(self, original)) if first else self in _originals
         for name in names:
             adapter = peft_strength.adapter(self, name)
             if not keeps:
@@ -171,11 +194,13 @@ def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None
             weight = layers.merged_weight(weight, [adapter], _groups(self), reuse=False)
             if safe_merge and not bool(torch.isfinite(weight).all()):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-        self.set_base_weight(weight)
+        if shared is not None:
+            peft_weights.part_from(self, shared)
+        peft_weights.write(self, weight)
         if first:
             _originals.pop(self, None)
             if keeps:
-                _originals[self] = original
+                _originals[self] = original if shared is None else shared
         self.merged_adapters.extend(names)
 
 
@@ -188,9 +213,12 @@ def unmerge(self) -> None:
         warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         return
     with torch.inference_mode(False), torch.no_grad():
-        weight = self.get_base_weight()
+        weight = peft_weights.read(self)
         original = _originals.get(self)
-        if original is not None:
+        if isinstance(original, nn.Parameter):
+            peft_weights.rejoin(self, original)
+            weight = peft_weights.read(self)
+        elif original is not None:
             weight = original.to(weight.device, weight.dtype)
         else:
             for name in reversed(self.merged_adapters):
@@ -200,7 +228,7 @@ def unmerge(self) -> None:
                     continue
                 adapter = peft_strength.adapter(self, name)
                 weight = functional.unrotate_weight(weight, adapter.boft_R, adapter.boft_s, groups=_groups(self))
-        self.set_base_weight(weight)
+        peft_weights.write(self, weight)
         _originals.pop(self, None)
         self.merged_adapters.clear()
 

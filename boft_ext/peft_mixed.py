@@ -149,20 +149,20 @@ def linear_forward(layer: BOFTLayer, x: Tensor, names: Sequence[str], *args: Any
     return _scale(layer.base_layer(rotated, *args, **kwargs), tuple(names), adapters, bias)
 
 
-def conv_forward(layer: BOFTLayer, x: Tensor, names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
-    """`layers.conv_forward` with an adapter for each of the rows of ``(rows, in, h, w)``.
+def by_adapter(
+    layer: BOFTLayer, x: Tensor, names: Sequence[str], axes: int, forward: Callable[[list[layers.Adapter], Tensor], Tensor]
+) -> Tensor:
+    """``forward(adapters, rows)`` for the rows of `x` of each adapter, or of none, in the order of the batch.
 
-    The base layer is called once for each adapter, since each has its own weight. Raises what `linear_forward` does;
-    an input without a batch axis is refused.
+    For layers that must be called once for each adapter. `axes` is how many `x` has at least, with the batch's.
+    Raises what `linear_forward` does.
     """
-    adapters = _adapters(layer, x, names, 4)
+    adapters = _adapters(layer, x, names, axes)
 
-    def convolve(name: str, rows: Tensor) -> Tensor:
-        if name in adapters:
-            return layers.conv_forward(layer.base_layer, rows, [adapters[name]], *args, **kwargs)
-        return layer.base_layer(rows, *args, **kwargs)
+    def run(name: str, rows: Tensor) -> Tensor:
+        return forward([adapters[name]] if name in adapters else [], rows)
 
-    return _by_adapter(tuple(names), x.device).map(convolve, x)
+    return _by_adapter(tuple(names), x.device).map(run, x)
 
 
 def _repeats(model: nn.Module, options: dict[str, Any]) -> int:

@@ -49,6 +49,8 @@ _SIGNATURES = {
         "low_cpu_mem_usage",
         "state_dict",
     ),
+    "model.BOFTModel._replace_module": ("self", "parent", "child_name", "new_module", "child"),
+    "model.BOFTModel._create_new_module": ("boft_config", "adapter_name", "target", "kwargs"),
     "layer.MultiplicativeDropoutLayer.__init__": ("self", "p"),
     "layer.check_adapters_to_merge": ("module", "adapter_names"),
     "layer.get_fbd_cuda": (),
@@ -134,11 +136,11 @@ def patch_peft(
                 raise RuntimeError(message)
             warnings.warn(message, stacklevel=2)
             return PatchStatus(False, version, dropout, keep_merged, reason)
-        from . import peft_creation, peft_layers, peft_mixed, peft_strength
+        from . import peft_creation, peft_layer_types, peft_layers, peft_mixed, peft_offload, peft_strength
 
         peft_layers.configure(peft_layers.Options(dropout, keep_merged))
         if not _replaced:
-            _replace(peft_creation, peft_layers, peft_strength, peft_mixed)
+            _replace(peft_creation, peft_layers, peft_layer_types, peft_offload, peft_strength, peft_mixed)
             peft_creation.adopt_all()
         _status = PatchStatus(True, version, dropout, keep_merged)
         return _status
@@ -209,7 +211,7 @@ def _difference(package: Any) -> str:
     return f"{_PACKAGE}.BOFTConfig has no field {', '.join(missing)}" if missing else ""
 
 
-def _replace(creation: Any, methods: Any, strength: Any, mixed: Any) -> None:
+def _replace(creation: Any, methods: Any, types: Any, offload: Any, strength: Any, mixed: Any) -> None:
     """Replace the methods, noting what each class had of its own."""
     package = importlib.import_module(_PACKAGE)
     layer = package.layer
@@ -229,12 +231,23 @@ def _replace(creation: Any, methods: Any, strength: Any, mixed: Any) -> None:
             "set_scale": strength.set_scale,
             "scale_layer": strength.scale_layer,
             "unscale_layer": strength.unscale_layer,
+            "boft_ext_weight_is_shared": False,
+            "boft_ext_weight_is_read": False,
+            "weight": property(types.effective_weight),
+            "_move_adapter_to_device_of_base_layer": offload.move_adapter,
         },
         layer.Linear: {"forward": methods.linear_forward, **shared},
-        layer.Conv2d: {"update_layer": creation.update_layer, "forward": methods.conv_forward, **shared},
+        layer.Conv2d: {
+            "__init__": types.init_convolution,
+            "update_layer": creation.update_layer,
+            "forward": methods.conv_forward,
+            **shared,
+        },
         package.BOFTModel: {
             "inject_adapter": creation.inject_adapter,
             "_enable_peft_forward_hooks": mixed.enable_forward_hooks,
+            "_replace_module": offload.replace_module,
+            "_create_new_module": staticmethod(types.creating(package.BOFTModel._create_new_module)),
         },
         package.BOFTConfig: {"from_pretrained": classmethod(creation.from_pretrained)},
     }
