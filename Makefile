@@ -14,13 +14,17 @@ export OMP_WAIT_POLICY ?= PASSIVE
 BUILT := $(VENV)/built-portable$(BOFT_PORTABLE)
 SOURCES := setup.py pyproject.toml $(shell find csrc)
 
-.PHONY: help build demo test test-peft bench plots clean
+# Releases of PEFT, or folders of its checkouts: make test-peft-versions VERSIONS=0.18.1
+VERSIONS := 0.18.1 0.19.1 0.20.0 0.21.2
+
+.PHONY: help build demo test test-peft test-peft-versions bench plots clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo       fine-tune a small pretrained model with BOFT and compare: examples/finetune_text.py'
 	@echo 'make test       run the tests of the C core and of the Python package'
 	@echo "make test-peft  run PEFT's own BOFT tests with boft_ext patched in"
+	@echo 'make test-peft-versions  the tests of the PEFT patch and the former with each PEFT in VERSIONS'
 	@echo 'make bench      measure operators, layers and models beside LoRA, OFT and other forms of BOFT: benchmarks/'
 	@echo 'make plots      draw what make bench measured: benchmarks/results/*.png'
 	@echo 'make build      only make the environment $(VENV) and build the extension in place'
@@ -49,6 +53,9 @@ test: $(BUILT)
 test-peft: $(BUILT)
 	$(PY) tests/run_peft_suite.py
 
+test-peft-versions: $(BUILT)
+	$(PY) tests/run_peft_versions.py $(VERSIONS)
+
 bench: $(BUILT)
 	$(PY) -m benchmarks
 
@@ -56,6 +63,6 @@ plots: $(BUILT)
 	$(PY) -m benchmarks.plots
 
 clean:
-	rm -rf build dist *.egg-info boft_ext/_build.py boft_ext/*.so $(VENV)/built-*
+	rm -rf build dist *.egg-info __pycache__ boft_ext/_build.py boft_ext/*.so $(VENV)/built-*
 	find boft_ext tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
 	if [ -f tests/c/Makefile ]; then $(MAKE) -C tests/c clean; fi

@@ -6,6 +6,7 @@ See README.md for examples; `python -m boft_ext info` says what this installatio
 from . import functional
 from .adapter import load_adapter, save_adapter, wrap
 from .config import BOFTConfig
+from .environment import load_ipython_extension, unload_ipython_extension
 from .export import export_merged
 from .info import build_info
 from .lora import export_lora
@@ -24,6 +25,7 @@ __all__ = [
     "export_merged",
     "functional",
     "load_adapter",
+    "load_ipython_extension",
     "parameter_report",
     "patch_peft",
     "peft_is_patched",
@@ -31,6 +33,7 @@ __all__ = [
     "saved_activations",
     "set_saved_activations",
     "suggest_config",
+    "unload_ipython_extension",
     "unpatch_peft",
     "wrap",
 ]

@@ -1,8 +1,8 @@
 """How PEFT's BOFT layers get their parameters while `patch_peft` is in force: from a configuration, from a file, or as
 PEFT itself had made them before.
 
-The functions here become methods of PEFT's classes (PEFT 0.21): of ``peft.tuners.boft.layer.Linear`` and ``Conv2d``
-unless they say otherwise, so ``self`` is such a layer. None is thread-safe with respect to its model.
+The functions here become methods of PEFT's classes (`peft_versions` says how): of ``peft.tuners.boft.layer.Linear`` and
+``Conv2d`` unless they say otherwise, so ``self`` is such a layer. None is thread-safe with respect to its model.
 """
 
 from __future__ import annotations
@@ -35,11 +35,36 @@ class _NeedsPatch:
             "this BOFT layer runs on boft_ext's kernels, but PEFT is not patched now: call boft_ext.patch_peft() first"
         )
 
+    def to(self, *args: Any, **kwargs: Any) -> None:
+        """What PEFT without its kernel (pull request 3540) asks of the table that it looks for."""
+        bool(self)
+
     def __reduce__(self) -> str:
         return "NEEDS_PATCH"
 
 
 NEEDS_PATCH = _NeedsPatch()
+
+
+class MergedNames(list):
+    """The names of adapters that were merged while patched. PEFT's own `unmerge` drops a name before anything else."""
+
+    def pop(self, *args: Any) -> str:
+        """`list.pop`; RuntimeError while PEFT is not patched, so that the layer stays as it is."""
+        bool(NEEDS_PATCH)
+        return super().pop(*args)
+
+
+# The permutations of all layouts: dense, or indices and their inverse.
+_TABLES = ("boft_P", "boft_P_inv")
+
+
+def _guard(layer: BOFTLayer) -> None:
+    """Free PEFT's tables and make PEFT's own methods stop where they look for them or for their kernel."""
+    for table in _TABLES:
+        if table in layer._buffers:
+            delattr(layer, table)
+    setattr(layer, layer.boft_ext_guard, NEEDS_PATCH)
 
 
 def _resolve(layer: BOFTLayer, config: Any) -> tuple[int, int, int]:
@@ -94,7 +119,7 @@ def update_layer(self, adapter_name: str, config: BOFTConfig, **kwargs: Any) -> 
         raise ValueError(f"init_weights must be True or False, got {config.init_weights!r}")
     if "boft_P" in self._buffers:
         adopt_all(self)
-    self.fbd_cuda_available = NEEDS_PATCH
+    _guard(self)
     self.boft_dropout[adapter_name] = MultiplicativeDropoutLayer(p=p) if p > 0 else nn.Identity()
     self.boft_R[adapter_name] = nn.Parameter(torch.zeros(m, blocks, b, b))
     self.boft_s[adapter_name] = nn.Parameter(torch.ones(_scale_shape(self)))
@@ -165,9 +190,8 @@ def _remember(layer: BOFTLayer, configs: Mapping[str, BOFTConfig]) -> None:
 
 
 def _adopt(layer: BOFTLayer, configs: Mapping[str, Any]) -> dict[str, int]:
-    """Free the dense table of a layer that PEFT made. Returns the m of adapters whose configuration says another."""
-    del layer.boft_P
-    layer.fbd_cuda_available = NEEDS_PATCH
+    """Free the tables of a layer that PEFT made. Returns the m of adapters whose configuration says another."""
+    _guard(layer)
     configs = {name: configs[name] for name in layer.boft_R if isinstance(configs.get(name), BOFTConfig)}
     _remember(layer, configs)
     peft_strength.add(layer, layer.boft_R)
@@ -176,7 +200,7 @@ def _adopt(layer: BOFTLayer, configs: Mapping[str, Any]) -> dict[str, int]:
 
 
 def adopt_all(layer: BOFTLayer | None = None) -> None:
-    """Take over every living layer that PEFT made by itself, and `layer`: free its dense ``(m, d, d)`` table.
+    """Take over every living layer that PEFT made by itself, and `layer`: free its tables.
 
     Layers keep the m they were built with. One warning names the adapters whose configuration says another m, which
     happens where PEFT did not have its kernel.

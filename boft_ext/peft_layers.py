@@ -1,6 +1,6 @@
 """What PEFT's BOFT layers do while `patch_peft` is in force: forward, merge, unmerge and the dense rotation.
 
-The functions here become methods of ``peft.tuners.boft.layer.Linear`` and ``Conv2d`` (PEFT 0.21), so ``self`` is
+The functions here become methods of ``peft.tuners.boft.layer.Linear`` and ``Conv2d``, so ``self`` is
 always such a layer. Their arguments and results are those of the methods they stand in for. A layer is safe under
 threads while it only computes without gradients and without `adapter_names`; merging, loading, training and changing
 strengths need the caller's lock, as in PEFT.
@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from . import functional, layers, peft_mixed, peft_offload, peft_strength, peft_weights
-from .peft_creation import adopt_all
+from .peft_creation import MergedNames, adopt_all
 
 
 class Options(NamedTuple):
@@ -201,7 +201,7 @@ def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None
             _originals.pop(self, None)
             if keeps:
                 _originals[self] = original if shared is None else shared
-        self.merged_adapters.extend(names)
+        self.merged_adapters = MergedNames([*self.merged_adapters, *names])
 
 
 def unmerge(self) -> None:
@@ -230,7 +230,7 @@ def unmerge(self) -> None:
                 weight = functional.unrotate_weight(weight, adapter.boft_R, adapter.boft_s, groups=_groups(self))
         peft_weights.write(self, weight)
         _originals.pop(self, None)
-        self.merged_adapters.clear()
+        self.merged_adapters = []
 
 
 def get_delta_weight(self, adapter: str) -> tuple[Tensor, Tensor]:

@@ -7,66 +7,12 @@ PEFT's; `unpatch_peft` puts the classes back exactly. PEFT is imported by `patch
 from __future__ import annotations
 
 import importlib
-import inspect
 import threading
 import warnings
 from dataclasses import dataclass
 from typing import Any
 
-_PACKAGE = "peft.tuners.boft"
-
-# What is replaced or relied upon, with the parameter names of each function. A PEFT of another layout is left alone.
-_SIGNATURES = {
-    "layer.BOFTLayer.__init__": ("self", "base_layer", "kwargs"),
-    "layer.BOFTLayer.update_layer": ("self", "adapter_name", "config", "kwargs"),
-    "layer.BOFTLayer.reset_boft_parameters": ("self", "adapter_name", "init_weights"),
-    "layer.BOFTLayer.set_scale": ("self", "adapter", "scale"),
-    "layer.BOFTLayer.scale_layer": ("self", "scale"),
-    "layer.BOFTLayer.unscale_layer": ("self", "scale"),
-    "layer.BOFTLayer.get_base_layer": ("self",),
-    "layer.BOFTLayer.get_base_weight": ("self",),
-    "layer.BOFTLayer.set_base_weight": ("self", "weight_data"),
-    "layer.BOFTLayer.set_adapter": ("self", "adapter_names", "inference_mode"),
-    "layer.BOFTLayer._move_adapter_to_device_of_base_layer": ("self", "adapter_name", "device"),
-    "layer.Linear.__init__": ("self", "base_layer", "adapter_name", "config", "is_target_conv_1d_layer", "kwargs"),
-    "layer.Conv2d.__init__": ("self", "base_layer", "adapter_name", "config", "kwargs"),
-    "layer.Conv2d.update_layer": ("self", "adapter_name", "config", "kwargs"),
-    **{
-        f"layer.{layer}.{name}": parameters
-        for layer in ("Linear", "Conv2d")
-        for name, parameters in {
-            "forward": ("self", "x", "args", "kwargs"),
-            "merge": ("self", "safe_merge", "adapter_names"),
-            "unmerge": ("self",),
-            "get_delta_weight": ("self", "adapter"),
-        }.items()
-    },
-    "model.BOFTModel.inject_adapter": (
-        "self",
-        "model",
-        "adapter_name",
-        "autocast_adapter_dtype",
-        "low_cpu_mem_usage",
-        "state_dict",
-    ),
-    "model.BOFTModel._replace_module": ("self", "parent", "child_name", "new_module", "child"),
-    "model.BOFTModel._create_new_module": ("boft_config", "adapter_name", "target", "kwargs"),
-    "layer.MultiplicativeDropoutLayer.__init__": ("self", "p"),
-    "layer.check_adapters_to_merge": ("module", "adapter_names"),
-    "layer.get_fbd_cuda": (),
-}
-_CONTAINERS = {
-    "adapter_layer_names": ("boft_R", "boft_s"),
-    "other_param_names": ("boft_block_size", "boft_block_num", "boft_dropout"),
-}
-_CONFIG_FIELDS = (
-    "boft_block_size",
-    "boft_block_num",
-    "boft_n_butterfly_factor",
-    "boft_dropout",
-    "init_weights",
-    "inference_mode",
-)
+from . import log, peft_versions
 
 _MISSING = object()
 _lock = threading.Lock()
@@ -124,13 +70,17 @@ def patch_peft(
         `strict`. PEFT is then as it was. Thread-safe, but not while PEFT's layers run in other threads.
     """
     global _status
-    dropout = _checked_dropout(dropout)
+    dropout = checked_dropout(dropout)
     for name, value in (("strict", strict), ("keep_merged", keep_merged)):
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {value!r}")
+    # Before taking the lock: another thread may hold PEFT's import lock and patch at the end of that import.
+    version, package, reason = _import_peft()
     with _lock:
-        version, reason = _inspect_peft()
-        if reason and not _replaced:
+        layout = None
+        if package is not None and not _replaced:
+            layout, reason = peft_versions.find_layout(package)
+        if reason:
             message = f"PEFT {version} is left as it is: boft_ext does not know the layout of its BOFT layers: {reason}"
             if strict:
                 raise RuntimeError(message)
@@ -139,10 +89,12 @@ def patch_peft(
         from . import peft_creation, peft_layer_types, peft_layers, peft_mixed, peft_offload, peft_strength
 
         peft_layers.configure(peft_layers.Options(dropout, keep_merged))
-        if not _replaced:
-            _replace(peft_creation, peft_layers, peft_layer_types, peft_offload, peft_strength, peft_mixed)
+        if layout is not None:
+            _replace(package, layout, peft_creation, peft_layers, peft_layer_types, peft_offload, peft_strength, peft_mixed)
             peft_creation.adopt_all()
         _status = PatchStatus(True, version, dropout, keep_merged)
+        if layout is not None:
+            log.announce(_status)
         return _status
 
 
@@ -168,7 +120,8 @@ def peft_is_patched() -> bool:
     return _status is not None
 
 
-def _checked_dropout(dropout: Any) -> str | tuple[float, float]:
+def checked_dropout(dropout: Any) -> str | tuple[float, float]:
+    """The option `dropout` of `patch_peft` in its own form; ValueError naming it if it is none. Pure, thread-safe."""
     if isinstance(dropout, str) and dropout in ("peft", "paper"):
         return dropout
     if isinstance(dropout, (tuple, list)) and len(dropout) == 2:
@@ -180,40 +133,30 @@ def _checked_dropout(dropout: Any) -> str | tuple[float, float]:
     )
 
 
-def _inspect_peft() -> tuple[str, str]:
-    """PEFT's version and what is unknown about its BOFT layers, or an empty string."""
+def _import_peft() -> tuple[str, Any, str]:
+    """PEFT's version and its package of BOFT layers; if there is none, None and why not."""
     try:
         peft = importlib.import_module("peft")
     except ImportError as error:
         raise ImportError(f"patch_peft needs Hugging Face PEFT (pip install peft): {error}") from error
     version = getattr(peft, "__version__", "of unknown version")
     try:
-        return version, _difference(importlib.import_module(_PACKAGE))
-    except (ImportError, AttributeError) as error:
-        return version, str(error)
+        return version, importlib.import_module(peft_versions.PACKAGE), ""
+    except ImportError as error:
+        return version, None, str(error)
 
 
-def _difference(package: Any) -> str:
-    for name, expected in _SIGNATURES.items():
-        function = package
-        for part in name.split("."):
-            function = getattr(function, part, None)
-        if not callable(function):
-            return f"{_PACKAGE}.{name} does not exist"
-        found = tuple(inspect.signature(function).parameters)
-        if found != expected:
-            return f"{_PACKAGE}.{name} takes ({', '.join(found)}), expected ({', '.join(expected)})"
-    for name, expected in _CONTAINERS.items():
-        found = getattr(package.layer.BOFTLayer, name, None)
-        if found != expected:
-            return f"{_PACKAGE}.layer.BOFTLayer.{name} is {found!r}, expected {expected!r}"
-    missing = [name for name in _CONFIG_FIELDS if name not in package.BOFTConfig.__dataclass_fields__]
-    return f"{_PACKAGE}.BOFTConfig has no field {', '.join(missing)}" if missing else ""
-
-
-def _replace(creation: Any, methods: Any, types: Any, offload: Any, strength: Any, mixed: Any) -> None:
+def _replace(
+    package: Any,
+    layout: peft_versions.Layout,
+    creation: Any,
+    methods: Any,
+    types: Any,
+    offload: Any,
+    strength: Any,
+    mixed: Any,
+) -> None:
     """Replace the methods, noting what each class had of its own."""
-    package = importlib.import_module(_PACKAGE)
     layer = package.layer
     shared = {
         "merge": methods.merge,
@@ -223,7 +166,7 @@ def _replace(creation: Any, methods: Any, types: Any, offload: Any, strength: An
     }
     new = {
         layer.BOFTLayer: {
-            "update_layer": creation.update_layer,
+            "boft_ext_guard": layout.guard,
             # By adapter like the others, so that deleting an adapter deletes its entries.
             "other_param_names": (*layer.BOFTLayer.other_param_names, "boft_ext_configs", "scaling"),
             "boft_ext_configs": {},
@@ -237,20 +180,20 @@ def _replace(creation: Any, methods: Any, types: Any, offload: Any, strength: An
             "_move_adapter_to_device_of_base_layer": offload.move_adapter,
         },
         layer.Linear: {"forward": methods.linear_forward, **shared},
-        layer.Conv2d: {
-            "__init__": types.init_convolution,
-            "update_layer": creation.update_layer,
-            "forward": methods.conv_forward,
-            **shared,
-        },
+        layer.Conv2d: {"forward": methods.conv_forward, **shared},
         package.BOFTModel: {
             "inject_adapter": creation.inject_adapter,
             "_enable_peft_forward_hooks": mixed.enable_forward_hooks,
             "_replace_module": offload.replace_module,
-            "_create_new_module": staticmethod(types.creating(package.BOFTModel._create_new_module)),
         },
         package.BOFTConfig: {"from_pretrained": classmethod(creation.from_pretrained)},
     }
+    if layout.by_config:
+        new[layer.Conv2d]["__init__"] = types.init_convolution
+        create = types.creating(package.BOFTModel._create_new_module)
+        new[package.BOFTModel]["_create_new_module"] = staticmethod(create)
+    for owner, attributes in layout.adapt(package, creation.update_layer).items():
+        new[owner].update(attributes)
     for owner, attributes in new.items():
         for name, value in attributes.items():
             _replaced.append((owner, name, vars(owner).get(name, _MISSING)))

