@@ -41,14 +41,21 @@ $(BUILT): $(VENV)/installed $(SOURCES)
 	@rm -f $(VENV)/built-*
 	@touch $@
 
+# Apart, because PEFT imports it wherever it is installed.
+$(VENV)/torchao: requirements-torchao.txt $(VENV)/installed
+	rm -rf $@
+	$(PY) -m pip install --no-deps --target $@ -r requirements-torchao.txt
+	@touch $@
+
 build: $(BUILT)
 
 demo: $(BUILT)
 	$(PY) examples/finetune_text.py
 
-test: $(BUILT)
+test: $(BUILT) $(VENV)/torchao
 	$(MAKE) -C tests/c check
 	$(PY) -m pytest tests
+	PYTHONPATH=$(VENV)/torchao $(PY) -m pytest tests/torchao_layers.py
 
 test-peft: $(BUILT)
 	$(PY) tests/run_peft_suite.py

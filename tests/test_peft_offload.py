@@ -134,8 +134,9 @@ def test_an_adapter_trains_on_an_offloaded_model_as_in_memory():
 
 @pytest.mark.filterwarnings("ignore:.*meta parameter in the current model, which is a no-op")
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_a_transformers_model_with_a_device_map(low_cpu_mem_usage, tmp_path):
+def test_a_transformers_model_with_a_device_map(low_cpu_mem_usage, tmp_path, monkeypatch):
     """Two blocks on disk, as for a model that does not fit: the path of `device_map` in both libraries."""
+    monkeypatch.chdir(tmp_path)  # PEFT writes a file to the working directory
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     base = LlamaForCausalLM(LlamaConfig(vocab_size=40, num_key_value_heads=2, attention_bias=True, **sizes))
     base.save_pretrained(tmp_path / "base")
