@@ -1,4 +1,4 @@
-"""Orthogonal Butterfly fine-tuning (BOFT, ICLR 2024) on C kernels: functions, layers, adapters, and PEFT's BOFT on them.
+"""Orthogonal Butterfly fine-tuning (BOFT, ICLR 2024) on C kernels: functions, layers, adapters, and PEFT's BOFT layers.
 
 See README.md for examples; `python -m boft_ext info` says what this installation is made of.
 """
@@ -10,6 +10,7 @@ from .environment import load_ipython_extension, unload_ipython_extension
 from .export import export_merged
 from .info import build_info
 from .lora import export_lora
+from .memory import release_memory
 from .nn import BOFTConv2d, BOFTLinear
 from .peft_swap import patch_peft, peft_is_patched, unpatch_peft
 from .report import parameter_report
@@ -29,6 +30,7 @@ __all__ = [
     "parameter_report",
     "patch_peft",
     "peft_is_patched",
+    "release_memory",
     "save_adapter",
     "saved_activations",
     "set_saved_activations",

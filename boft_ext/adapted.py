@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import layers, peft_strength
 from .nn import BOFTConv2d, BOFTLinear
-from .targets import modules_by_name
+from .targets import is_conv1d, modules_by_name
 
 SINGLE = "default"
 """The name that the adapter of this package's own layers goes by."""
@@ -49,6 +49,8 @@ class AdaptedLayer:
         with torch.inference_mode(False), torch.no_grad():
             weight = self.base_layer.weight.to(dtype or self.base_layer.weight.dtype)
             adapters = [self.adapters[name] for name in self.active]
+            if is_conv1d(self.base_layer):
+                return layers.merged_weight(weight.T, adapters, reuse=False).T
             return layers.merged_weight(weight, adapters, getattr(self.base_layer, "groups", 1), reuse=False)
 
 

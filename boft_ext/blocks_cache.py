@@ -1,8 +1,8 @@
 """Collapsed blocks reused between inference calls, never stale.
 
 Version counters do not see ``p.data.copy_(ema)`` or a sharded optimiser swapping storage, so an entry is valid only
-while the bytes of its parameter equal the copy, on the CPU the digest, kept beside it. Entries are keyed weakly by the parameter object: they
-die with it and are never copied, pickled or saved with a module.
+while the bytes of its parameter equal the copy, on the CPU the digest, kept beside it. Entries are keyed weakly by the
+parameter object: they die with it and are never copied, pickled or saved with a module.
 """
 
 from __future__ import annotations

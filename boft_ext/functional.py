@@ -1,7 +1,7 @@
 """The butterfly rotation, the scale and the merge as functions.
 
 Every function is differentiable in its tensor arguments unless it says otherwise, never writes to them, allocates its
-result and may be called from several threads. Bad shapes raise ValueError, bad dtypes TypeError, both naming the values.
+result and may be called from several threads. Bad shapes raise ValueError, bad dtypes TypeError, naming the values.
 
 Shapes use the paper's names: ``d`` channels, block size ``b``, ``D = d / b`` blocks, ``m`` butterfly factors.
 A rotation exists for ``m == 1`` (any b) or for even b with ``d`` divisible by ``b 2^(m-1)``.

@@ -124,8 +124,8 @@ def linear_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 def conv_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The base convolution with its weight rotated and scaled; dtype of `x`, or the base layer's under autocast.
 
-    With `adapter_names` each row of `x` has an adapter of its own (see `peft_mixed`); the base layer is then called once
-    for each adapter, since each has its own weight.
+    With `adapter_names` each row of `x` has an adapter of its own (see `peft_mixed`); the base layer is then called
+    once for each adapter, since each has its own weight.
     """
     names = row_names(self, kwargs) if "adapter_names" in kwargs else None
     adapters = to_apply(self) if names is None else []

@@ -150,7 +150,11 @@ def linear_forward(layer: BOFTLayer, x: Tensor, names: Sequence[str], *args: Any
 
 
 def by_adapter(
-    layer: BOFTLayer, x: Tensor, names: Sequence[str], axes: int, forward: Callable[[list[layers.Adapter], Tensor], Tensor]
+    layer: BOFTLayer,
+    x: Tensor,
+    names: Sequence[str],
+    axes: int,
+    forward: Callable[[list[layers.Adapter], Tensor], Tensor],
 ) -> Tensor:
     """``forward(adapters, rows)`` for the rows of `x` of each adapter, or of none, in the order of the batch.
 

@@ -1,8 +1,8 @@
 """The strength of an adapter: how much of its rotation and scale acts (PEFT's `scaling`, diffusers' adapter weights).
 
-An adapter at strength alpha is the rotation of ``alpha S`` and the scale ``1 + alpha (s - 1)``: 1 is the adapter itself,
-0 the base layer, and the rotation is orthogonal at any strength. The Cayley transform sees boft_R only through its skew
-part S, which is linear in it, so this is the rotation of ``alpha boft_R``.
+An adapter at strength alpha is the rotation of ``alpha S`` and the scale ``1 + alpha (s - 1)``: 1 is the adapter
+itself, 0 the base layer, and the rotation is orthogonal at any strength. The Cayley transform sees boft_R only through
+its skew part S, which is linear in it, so this is the rotation of ``alpha boft_R``.
 
 ``layer.scaling`` holds a float for each adapter of a PEFT layer, 1.0 at the start. It is copied and pickled with the
 layer, never saved in a state dict, and goes with its adapter. `set_scale`, `scale_layer` and `unscale_layer` become

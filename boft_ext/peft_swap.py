@@ -86,11 +86,11 @@ def patch_peft(
                 raise RuntimeError(message)
             warnings.warn(message, stacklevel=2)
             return PatchStatus(False, version, dropout, keep_merged, reason)
-        from . import peft_creation, peft_layer_types, peft_layers, peft_mixed, peft_offload, peft_strength
+        from . import peft_creation, peft_layers
 
         peft_layers.configure(peft_layers.Options(dropout, keep_merged))
         if layout is not None:
-            _replace(package, layout, peft_creation, peft_layers, peft_layer_types, peft_offload, peft_strength, peft_mixed)
+            _replace(package, layout)
             peft_creation.adopt_all()
         _status = PatchStatus(True, version, dropout, keep_merged)
         if layout is not None:
@@ -146,17 +146,15 @@ def _import_peft() -> tuple[str, Any, str]:
         return version, None, str(error)
 
 
-def _replace(
-    package: Any,
-    layout: peft_versions.Layout,
-    creation: Any,
-    methods: Any,
-    types: Any,
-    offload: Any,
-    strength: Any,
-    mixed: Any,
-) -> None:
+def _replace(package: Any, layout: peft_versions.Layout) -> None:
     """Replace the methods, noting what each class had of its own."""
+    from . import peft_creation as creation
+    from . import peft_layer_types as types
+    from . import peft_layers as methods
+    from . import peft_mixed as mixed
+    from . import peft_offload as offload
+    from . import peft_strength as strength
+
     layer = package.layer
     shared = {
         "merge": methods.merge,

@@ -10,14 +10,11 @@ from collections import Counter
 
 from peft.tuners.boft.layer import BOFTLayer
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+
+from .targets import is_conv1d
 
 # Modules that in evaluation hand the weights of their linear layers to a fused kernel, or never call those layers.
 _READERS = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
-
-
-def _is_transposed(layer: BOFTLayer) -> bool:
-    return isinstance(layer.get_base_layer(), Conv1D)
 
 
 def read(layer: BOFTLayer) -> Tensor:
@@ -26,7 +23,7 @@ def read(layer: BOFTLayer) -> Tensor:
     Raises: whatever PEFT raises for a quantised weight that cannot be read.
     """
     weight = layer.get_base_weight()
-    return weight.T if _is_transposed(layer) else weight
+    return weight.T if is_conv1d(layer.get_base_layer()) else weight
 
 
 def write(layer: BOFTLayer, weight: Tensor) -> None:
@@ -34,7 +31,7 @@ def write(layer: BOFTLayer, weight: Tensor) -> None:
 
     The Parameter object stays, so every module that holds it sees the new values.
     """
-    layer.set_base_weight(weight.T.contiguous() if _is_transposed(layer) else weight)
+    layer.set_base_weight(weight.T.contiguous() if is_conv1d(layer.get_base_layer()) else weight)
 
 
 def mark(model: nn.Module) -> None:

@@ -91,8 +91,13 @@ def _shown(names: Iterable[str] | str | None) -> Iterable[str] | str | None:
     return sorted(names) if isinstance(names, set) else names
 
 
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is transformers' `Conv1D`, a linear layer with its weight ``(in, out)``. Imports nothing."""
+    return (type(module).__module__, type(module).__name__) == _CONV1D
+
+
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or (type(module).__module__, type(module).__name__) == _CONV1D
+    return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def _ends_with_any(name: str, endings: Iterable[str]) -> bool:

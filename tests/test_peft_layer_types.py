@@ -337,8 +337,11 @@ def test_gpt2(target, fan_in_fan_out, tmp_path):
     logits = model(IDS).logits
     model.save_pretrained(tmp_path)
     assert torch.equal(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)(IDS).logits, logits)
+    boft_ext.export_merged(model, tmp_path / "merged", progress=False)
+    exported = GPT2LMHeadModel.from_pretrained(tmp_path / "merged")
     merged = model.merge_and_unload()
     torch.testing.assert_close(merged(IDS).logits, logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(exported(IDS).logits, merged(IDS).logits)
     assert relative_error(base(IDS).logits, logits) > 0.05
 
 

@@ -36,7 +36,7 @@ struct Rows {
   const void* data() const { return tensor.const_data_ptr(); }
 };
 
-// A contiguous tensor like `tensor`, which has at least one axis.
+// An uninitialised contiguous tensor like `tensor`, on the CPU and from the `recycler`.
 at::Tensor empty_contiguous(const at::Tensor& tensor);
 
 // Elements of work, roughly multiply-adds, that pay for handing a part to another thread (about 10 us of one core).

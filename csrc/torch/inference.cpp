@@ -23,8 +23,8 @@ using at::Tensor;
 constexpr size_t kPartBytes = 1 << 17;
 using Digest = std::array<uint64_t, BOFT_DIGEST_WORDS>;
 
-// What a parameter held and the blocks made from it. Not a copy of it: when single rows go through a model, what is read
-// beside the weights counts, and the copy would be a third of it. Immutable, so that a thread can go on using it.
+// What a parameter held and the blocks made from it. Not a copy of it: when single rows go through a model, what is
+// read beside the weights counts, and the copy would be a third of it. Immutable, so that a thread can go on using it.
 struct Entry {
   c10::weak_intrusive_ptr<c10::TensorImpl> owner;
   at::ScalarType dtype;

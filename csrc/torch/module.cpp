@@ -1,6 +1,7 @@
 // The module boft_ext._C: schemas of the operators, the switch of their CPU kernels, and what the build knows.
 #include "common.h"
 #include "ops.h"
+#include "recycler.h"
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -18,11 +19,12 @@ TORCH_LIBRARY(boft, library) {
   // boft_R (m, d / b, b, b), keep (m, d / b) bool -> blocks of all levels, and Q of boft_R's shape (empty for m = 1).
   library.def("blocks(Tensor boft_R, Tensor? keep) -> (Tensor blocks, Tensor q)");
   library.def("blocks_backward(Tensor dblocks, Tensor q, Tensor? keep) -> Tensor");
-  // x (..., d) -> x R, or x R^T. With compact, x is kept for backward in 8 bits per value. Gradients that are not needed come back empty.
+  // x (..., d) -> x R, or x R^T. With compact, x is kept for backward in 8 bits per value. Gradients that are not needed
+  // come back empty.
   library.def("rotate(Tensor x, Tensor blocks, int b, int m, bool transpose, bool compact=False) -> Tensor");
   library.def(
-      "rotate_backward(Tensor dy, Tensor x, Tensor blocks, int b, int m, bool transpose, bool need_x, bool need_blocks) "
-      "-> (Tensor dx, Tensor dblocks)");
+      "rotate_backward(Tensor dy, Tensor x, Tensor blocks, int b, int m, bool transpose, bool need_x, "
+      "bool need_blocks) -> (Tensor dx, Tensor dblocks)");
   library.def(
       "rotate_backward_packed(Tensor dy, Tensor packed, Tensor blocks, int b, int m, bool transpose, bool need_x) "
       "-> (Tensor dx, Tensor dblocks)");
@@ -97,7 +99,10 @@ void select_cpu_variant(const std::optional<std::string>& name) {
 PYBIND11_MODULE(_C, module) {
   module.def("use_cpu_kernels", use_cpu_kernels, "Register (True) or withdraw (False) the CPU kernels. Idempotent.");
   module.def("cpu_kernels_in_use", boft::cpu_kernels_in_use);
-  module.def("empty_contiguous", boft::empty_contiguous, "An uninitialised contiguous tensor like another one on the CPU.");
+  module.def("empty_contiguous", boft::empty_contiguous,
+             "An uninitialised contiguous tensor like another one on the CPU.");
+  module.def("idle_bytes", boft::idle_bytes, "Bytes of freed results that are kept to be used again.");
+  module.def("release_idle", boft::release_idle, "Return them to the system.");
   module.def("cached_blocks", boft::cached_blocks, "csrc/torch/ops.h says what these six do; None where they cannot.");
   module.def("rotate_now", boft::rotate_now, py::call_guard<py::gil_scoped_release>());
   module.def("scale_now", boft::scale_now, py::call_guard<py::gil_scoped_release>());

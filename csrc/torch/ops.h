@@ -19,8 +19,8 @@ void register_scale_cpu(torch::Library& library);
 // The CPU kernels of the operators of the same names.
 at::Tensor rotate_cpu(const at::Tensor& x, const at::Tensor& blocks, int64_t b, int64_t m, bool transpose,
                       bool compact = false);
-at::Tensor scale_cpu(const at::Tensor& z, const at::Tensor& s, const std::optional<at::Tensor>& bias, bool bias_detached,
-                     bool compact = false);
+at::Tensor scale_cpu(const at::Tensor& z, const at::Tensor& s, const std::optional<at::Tensor>& bias,
+                     bool bias_detached, bool compact = false);
 
 // The same with an adapter for each run of rows of the first axis; rows without one are copied. In one pass and without
 // gradients. Batches have at least two axes.
@@ -37,15 +37,16 @@ bool cpu_kernels_in_use();
 // Without gradients, and without the dispatcher: nothing if a tensor is not an ordinary one on the CPU, or if autocast,
 // a mode, a transform or a tracer is active, so that the operators must be called as usual. Thread-safe.
 
-// The collapsed blocks of boft_R (m, d / b, b, b) in float64 (`wide`) or float32, reused as long as boft_R holds the same
-// bytes and lives. Read-only.
+// The collapsed blocks of boft_R (m, d / b, b, b) in float64 (`wide`) or float32, reused as long as boft_R lives and
+// holds the same bytes. Read-only.
 std::optional<at::Tensor> cached_blocks(const at::Tensor& boft_R, bool wide);
 
 // x R or x R^T with cached blocks; z s + bias (1 - s); and the whole layer, z = (x R) weight^T + bias scaled so.
 std::optional<at::Tensor> rotate_now(const at::Tensor& x, const at::Tensor& boft_R, bool transpose);
 std::optional<at::Tensor> scale_now(const at::Tensor& z, const at::Tensor& s, const std::optional<at::Tensor>& bias);
-std::optional<at::Tensor> linear_now(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                                     const at::Tensor& boft_R, const at::Tensor& s);
+std::optional<at::Tensor> linear_now(const at::Tensor& x, const at::Tensor& weight,
+                                     const std::optional<at::Tensor>& bias, const at::Tensor& boft_R,
+                                     const at::Tensor& s);
 
 // The same for batches cut into runs, with cached blocks.
 std::optional<at::Tensor> rotate_runs_now(const at::Tensor& x, const std::vector<int64_t>& ends,

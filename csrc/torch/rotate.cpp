@@ -138,8 +138,9 @@ std::tuple<Tensor, Tensor> rotate_backward_cpu(const Tensor& dy, const Tensor& x
 }
 
 // The same from packed x. Every piece of at most kUnpackedRows rows is unpacked into a buffer of its thread and gives
-// partial gradients of the blocks, which are added in the order of rows, several pieces at a time as the shape prescribes.
-// Pieces are of equal size: a short last one might run on another kernel, and dx would not be that of unpacked x.
+// partial gradients of the blocks, which are added in the order of rows, several pieces at a time as the shape
+// prescribes. Pieces are of equal size: a short last one might run on another kernel, and dx would not be that of
+// unpacked x.
 std::tuple<Tensor, Tensor> rotate_backward_packed_cpu(const Tensor& dy, const Tensor& packed, const Tensor& blocks_any,
                                                       int64_t b, int64_t m, bool transpose, bool need_x) {
   constexpr int64_t kPartialElements = 1 << 18, kMostPieces = 32;

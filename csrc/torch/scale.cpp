@@ -115,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor> scale_backward_cpu(const Tensor& dy, const st
   return {dz, need_s ? sum_splits(ds, real, s) : ds, need_bias ? sum_splits(dbias, real, *bias) : dbias};
 }
 
-// The same from packed z, unpacked kUnpackedRows rows at a time into a buffer of the thread; each such piece is a split.
+// The same from packed z, unpacked kUnpackedRows rows at a time into a buffer of the thread; each piece is a split.
 std::tuple<Tensor, Tensor, Tensor> scale_backward_packed_cpu(const Tensor& dy, const Tensor& packed, const Tensor& s,
                                                              const std::optional<Tensor>& bias, bool bias_detached,
                                                              bool need_z, bool need_bias) {
