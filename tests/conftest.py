@@ -1,4 +1,4 @@
-"""Seeds and kernel choice for all tests."""
+"""Seeds, kernel choice and what several test files need of PEFT."""
 
 import contextlib
 import os
@@ -33,3 +33,18 @@ def form(request):
     """Each way the operators can run on this machine."""
     with use_form(request.param):
         yield request.param
+
+
+@pytest.fixture
+def failing_build(monkeypatch):
+    """Every attempt of PEFT to build its kernel fails. A list of the attempts, one entry each."""
+    from torch.utils import cpp_extension
+
+    attempts = []
+
+    def load(*args, **kwargs):
+        attempts.append(kwargs)
+        raise RuntimeError("no CUDA compiler")
+
+    monkeypatch.setattr(cpp_extension, "load", load)
+    return attempts

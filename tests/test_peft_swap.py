@@ -153,21 +153,6 @@ def test_dropout_drops_the_blocks_that_peft_drops(unpatch_after):
 # What PEFT cannot do and what must hold besides
 
 
-@pytest.fixture
-def failing_build(monkeypatch):
-    """Every attempt of PEFT to build its kernel fails. A list of the attempts, one entry each."""
-    from torch.utils import cpp_extension
-
-    attempts = []
-
-    def load(*args, **kwargs):
-        attempts.append(kwargs)
-        raise RuntimeError("no CUDA compiler")
-
-    monkeypatch.setattr(cpp_extension, "load", load)
-    return attempts
-
-
 def test_making_layers_leaves_the_compilers_of_the_environment(failing_build, monkeypatch, patched):
     """PEFT leaves CC and CXX changed where its build fails."""
     monkeypatch.setenv("CC", "my-cc")
