@@ -21,6 +21,13 @@ def seed(request):
     return value
 
 
+@pytest.fixture(autouse=True)
+def compiles_anew():
+    """torch.compile gives up on a function that was compiled too often in one process, by whichever tests."""
+    yield
+    torch.compiler.reset()
+
+
 @contextlib.contextmanager
 def use_form(name):
     """Run operators with one variant of the CPU kernels, or with none of them ("composite")."""
