@@ -63,15 +63,15 @@ struct Runs {
   // ValueError unless the runs cover the first axis of `batch` in order, with choices below `adapters`.
   void check(const at::Tensor& batch, int64_t adapters) const;
 
-  // Runs f(adapter, begin, end) on the parts of the runs within rows begin ... end-1 of `batch` seen as Rows, in order,
-  // until it refuses.
+  // Runs f(adapter, first, past, begin, end) on the parts of the runs within rows begin ... end-1 of the batch seen as
+  // Rows, in order, until it refuses; first ... past-1 are the rows of the whole run.
   template <typename F>
   boft_status visit(int64_t rows, int64_t begin, int64_t end, const F& f) const {
     const int64_t each = ends.empty() || ends.back() == 0 ? 1 : rows / ends.back();
     size_t run = std::upper_bound(ends.begin(), ends.end(), begin / each) - ends.begin();
     for (; begin < end; run++) {
-      const int64_t stop = std::min(end, ends[run] * each);
-      const boft_status status = f(choice[run], begin, stop);
+      const int64_t first = run == 0 ? 0 : ends[run - 1] * each, past = ends[run] * each, stop = std::min(end, past);
+      const boft_status status = f(choice[run], first, past, begin, stop);
       if (status != BOFT_OK) return status;
       begin = stop;
     }

@@ -82,11 +82,20 @@ Tensor rotate_runs_cpu(const Tensor& x, const Runs& runs, const std::vector<Rota
     work = std::max(work, work_per_element(plans.back()));
   }
   parallel(in.rows, in.rows * in.columns * work, workspace, [&](int64_t begin, int64_t end, void* ws) {
-    return runs.visit(in.rows, begin, end, [&](int64_t adapter, int64_t first, int64_t stop) {
-      if (adapter < 0) return copy_rows(in, y, first, stop), BOFT_OK;
-      const boft_rotate_args args = {&plans[adapter], dtype, 0, in.rows, in.data(), in.stride,
-                                     rotations[adapter].blocks.const_data_ptr(), y.mutable_data_ptr(), in.columns};
-      return boft_rotate(&args, first, stop, ws);
+    return runs.visit(in.rows, begin, end, [&](int64_t adapter, int64_t first, int64_t past, int64_t from,
+                                               int64_t stop) {
+      if (adapter < 0) return copy_rows(in, y, from, stop), BOFT_OK;
+      // A call of its own for each run, so that the core chooses by the run's length: packing blocks for a row costs more.
+      const boft_rotate_args args = {&plans[adapter],
+                                     dtype,
+                                     0,
+                                     past - first,
+                                     static_cast<const char*>(in.data()) + first * in.stride * x.element_size(),
+                                     in.stride,
+                                     rotations[adapter].blocks.const_data_ptr(),
+                                     static_cast<char*>(y.mutable_data_ptr()) + first * in.columns * y.element_size(),
+                                     in.columns};
+      return boft_rotate(&args, from - first, stop - first, ws);
     });
   });
   return y;

@@ -67,7 +67,7 @@ Tensor scale_runs_cpu(const Tensor& z, const Runs& runs, const std::vector<Tenso
   const Rows in(z);
   Tensor out = empty_contiguous(z);
   parallel(in.rows, in.rows * n * 8, 0, [&](int64_t begin, int64_t end, void*) {
-    return runs.visit(in.rows, begin, end, [&](int64_t adapter, int64_t first, int64_t stop) {
+    return runs.visit(in.rows, begin, end, [&](int64_t adapter, int64_t, int64_t, int64_t first, int64_t stop) {
       if (adapter < 0) return copy_rows(in, out, first, stop), BOFT_OK;
       const boft_scale_args args = {dtype, in.rows, n, in.data(), in.stride, factors[adapter].const_data_ptr(),
                                     shifts.defined() ? shifts.const_data_ptr() : nullptr, out.mutable_data_ptr(), n};
