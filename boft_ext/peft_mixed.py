@@ -97,7 +97,9 @@ def _in_one_pass(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and not torch.is_grad_enabled() and type(x) is Tensor
 
 
-def _runs_and_choice(names: tuple[str, ...], adapters: dict[str, layers.Adapter]) -> tuple[list[int], list[int]]:
+# Kept like the runs: a batch of single rows has hundreds.
+@lru_cache(maxsize=32)
+def _runs_and_choice(names: tuple[str, ...], adapters: tuple[str, ...]) -> tuple[list[int], list[int]]:
     """For each run the row it ends before, and the place of its adapter in `adapters`, -1 for none."""
     runs, places = _runs(names), {name: place for place, name in enumerate(adapters)}
     return [run.rows.stop for run in runs], [places.get(run.name, -1) for run in runs]
@@ -107,7 +109,7 @@ def _rotate(x: Tensor, names: tuple[str, ...], adapters: dict[str, layers.Adapte
     """`functional.rotate` of each row by its adapter."""
     if _in_one_pass(x):
         rotations = [adapter.boft_R for adapter in adapters.values()]
-        y = _C.rotate_runs_now(x, *_runs_and_choice(names, adapters), rotations)
+        y = _C.rotate_runs_now(x, *_runs_and_choice(names, tuple(adapters)), rotations)
         if y is not None:
             return y
     # What `functional.rotate` returns, which the rows without an adapter have to match.
@@ -124,7 +126,7 @@ def _scale(z: Tensor, names: tuple[str, ...], adapters: dict[str, layers.Adapter
     """`functional.scale` of each row by its adapter."""
     if _in_one_pass(z):
         scales = [adapter.boft_s for adapter in adapters.values()]
-        out = _C.scale_runs_now(z, *_runs_and_choice(names, adapters), scales, bias)
+        out = _C.scale_runs_now(z, *_runs_and_choice(names, tuple(adapters)), scales, bias)
         if out is not None:
             return out
 
@@ -209,7 +211,8 @@ def enable_forward_hooks(self, *args: Any, adapter_names: Sequence[str] | None =
             f"({_BASE!r} stands for no adapter)"
         )
     names = list(adapter_names)
-    repeated = [name for name in names for _ in range(_repeats(self.model, kwargs))]
+    times = _repeats(self.model, kwargs)
+    repeated = [name for name in names for _ in range(times)]
     handles = []
     try:
         for module in self.modules():

@@ -7,7 +7,9 @@ classes, which must not be patched, honour m on any device.
 import contextlib
 import copy
 import inspect
+import pickle
 
+import pytest
 import torch
 from peft import BOFTConfig
 from peft.tuners.boft import layer as peft_layer
@@ -81,3 +83,13 @@ def observe(layer, x):
     layer.unmerge()
     seen["unmerged weight"] = layer.get_base_layer().weight.detach().clone()
     return seen
+
+
+def assert_needs_the_patch(layer, x):
+    """Without the patch every use of `layer`, which was made under it, and of its copies names the remedy."""
+    weight = layer.base_layer.weight.clone()
+    for broken in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        for use in (lambda: broken(x), broken.merge, lambda: broken.get_delta_weight("default")):
+            with pytest.raises(RuntimeError, match=r"boft_ext\.patch_peft\(\)"):
+                use()
+        assert not broken.merged and torch.equal(broken.base_layer.weight, weight)

@@ -127,6 +127,27 @@ def test_rows_of_any_shape_and_strides(dtype):
             assert relative_error(out, rows) <= (1e-6 if dtype == torch.float32 else 4e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [3, 700])
+def test_single_rows_of_many_adapters(rows, dtype):
+    """Each of hundreds of rows alone between those of other adapters, in an order that repeats nowhere."""
+    configs = {"a": random_config(8, 2), "c": random_config(4, 3), "d": random_config(1, 1)}
+    layer = make_layer(nn.Linear(64, 48), configs).to(dtype).eval()
+    draws = torch.Generator().manual_seed(rows)
+    names = [[*configs, BASE][i] for i in torch.randint(4, (rows,), generator=draws)]
+    x = torch.randn(rows, 128, dtype=dtype)[:, 64:]
+    expected = torch.empty(rows, 48, dtype=dtype)
+    with torch.no_grad():
+        out = layer(x, adapter_names=names)
+        for name in set(names):
+            own = torch.tensor([other == name for other in names])
+            layer.set_adapter([name] if name != BASE else [])
+            expected[own] = layer(x[own])
+    assert relative_error(out, expected) <= (1e-6 if dtype == torch.float32 else 4e-3)
+    for row in range(0, rows, 50):
+        assert relative_error(out[row], expected[row]) <= (1e-6 if dtype == torch.float32 else 1e-2)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bit_and_autocast(layer, dtype):
     names = ORDERS["runs"]

@@ -1,5 +1,6 @@
 """patch_peft: its life cycle, and PEFT's BOFT layers on these kernels against PEFT's own mathematics."""
 
+import contextlib
 import copy
 import gc
 import json
@@ -19,19 +20,32 @@ peft = pytest.importorskip("peft")
 from peft import BOFTConfig, PeftModel, get_peft_model, inject_adapter_in_model  # noqa: E402
 from peft.tuners.boft import BOFTModel  # noqa: E402
 from peft.tuners.boft import layer as peft_layer  # noqa: E402
-from peft_oracle import adapter_state, make_layer, observe, peft_mathematics, random_config  # noqa: E402
-from tolerance import FLOORS, assert_exact, relative_error  # noqa: E402
+from peft_oracle import (  # noqa: E402
+    adapter_state,
+    assert_needs_the_patch,
+    make_layer,
+    observe,
+    peft_mathematics,
+    random_config,
+)
+from tolerance import EXACT, FLOORS, assert_exact, relative_error  # noqa: E402
 
 import boft_ext  # noqa: E402
 
 PATCHED_CLASSES = (peft_layer.BOFTLayer, peft_layer.Linear, peft_layer.Conv2d, BOFTModel, BOFTConfig)
 
 
+@contextlib.contextmanager
+def patch():
+    yield boft_ext.patch_peft(strict=True)
+    boft_ext.unpatch_peft()
+
+
 @pytest.fixture
 def patched():
     """PEFT patched for one test, with the default options; the test may call `patch_peft` for others."""
-    yield boft_ext.patch_peft(strict=True)
-    boft_ext.unpatch_peft()
+    with patch() as status:
+        yield status
 
 
 @pytest.fixture
@@ -613,11 +627,7 @@ def test_using_a_patched_layer_after_unpatching_names_the_remedy(base, unpatch_a
     layer = make_layer(base, {"default": random_config(4, 2)})
     expected = layer(x)
     boft_ext.unpatch_peft()
-    for broken in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        for use in (lambda: broken(x), broken.merge, lambda: broken.get_delta_weight("default")):
-            with pytest.raises(RuntimeError, match=r"boft_ext\.patch_peft\(\)"):
-                use()
-        assert not broken.merged and torch.equal(broken.base_layer.weight, base.weight)
+    assert_needs_the_patch(layer, x)
     boft_ext.patch_peft(strict=True)
     assert torch.equal(layer(x), expected)
 
@@ -637,3 +647,30 @@ def test_unmerging_after_unpatching_changes_nothing(base, unpatch_after):
     layer.unmerge()
     assert not layer.merged
     assert_exact("weight", layer.base_layer.weight.detach(), base.weight.detach())
+
+
+@pytest.mark.parametrize("ours_first", [True, False], ids=["trained with the patch", "trained without"])
+@pytest.mark.parametrize("m", [1, 2])
+@pytest.mark.parametrize("name", ["linear", "conv"])
+def test_adapters_trained_on_either_side_load_on_the_other(name, m, ours_first, tmp_path, no_kernel, unpatch_after):
+    """A few steps, saved, and read by PEFT as installed (one factor, since it finds no kernel) or with its kernel's
+    mathematics (two)."""
+    torch.manual_seed(4)
+    if name == "linear":
+        base, x = nn.Sequential(nn.Linear(32, 12), nn.Tanh(), nn.Linear(12, 3)), torch.randn(20, 32)
+    else:
+        base, x = nn.Sequential(nn.Conv2d(8, 6, 2), nn.Tanh()), torch.randn(6, 8, 4, 4)
+    theirs = peft_mathematics if m > 1 else contextlib.nullcontext
+
+    with patch() if ours_first else theirs():
+        model = get_peft_model(copy.deepcopy(base), random_config(4, m, target_modules=["0"]))
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+        for _ in range(5):
+            optimizer.zero_grad()
+            model(x).sin().sum().backward()
+            optimizer.step()
+        expected = model.eval()(x).detach()
+        model.save_pretrained(tmp_path)
+    with theirs() if ours_first else patch():
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+        assert relative_error(loaded(x).detach(), expected) <= EXACT[torch.float32]

@@ -67,6 +67,42 @@ Tensor rotate_cpu(const Tensor& x, const Tensor& blocks_any, int64_t b, int64_t 
   return y;
 }
 
+namespace {
+
+// Rows from which on a run is worth a call of its own; a core that packs blocks for pairs does so from as many rows.
+constexpr int64_t kLongRun = 16;
+// Rows that one call takes of those gathered for an adapter, and the bytes of x among which they should stay.
+constexpr int64_t kGatheredRows = 128, kGatheredBytes = 1 << 18;
+
+// Rows of one adapter that do not lie together.
+struct Scattered {
+  int64_t adapter, first, past;  // within Order::rows
+};
+
+// The rows of a batch seen as Rows, sorted by adapter, and cut into pieces by the batch's shape alone.
+struct Order {
+  std::vector<int64_t> rows;
+  std::vector<Scattered> pieces;
+
+  Order(const Runs& runs, int64_t count, int64_t adapters, int64_t most) {
+    std::vector<std::vector<int64_t>> own(adapters + 1);
+    const auto note = [&](int64_t adapter, int64_t, int64_t, int64_t first, int64_t stop) {
+      for (int64_t row = first; row < stop; row++) own[adapter + 1].push_back(row);
+      return BOFT_OK;
+    };
+    runs.visit(count, 0, count, note);
+    rows.reserve(count);
+    for (int64_t i = 0; i <= adapters; i++) {
+      const int64_t start = rows.size(), size = own[i].size(), cuts = (size + most - 1) / most;
+      rows.insert(rows.end(), own[i].begin(), own[i].end());
+      for (int64_t cut = 0; cut < cuts; cut++)
+        pieces.push_back({i - 1, start + size * cut / cuts, start + size * (cut + 1) / cuts});
+    }
+  }
+};
+
+}  // namespace
+
 Tensor rotate_runs_cpu(const Tensor& x, const Runs& runs, const std::vector<Rotation>& rotations) {
   const boft_dtype dtype = data_dtype(x, "x");
   runs.check(x, static_cast<int64_t>(rotations.size()));
@@ -81,23 +117,50 @@ Tensor rotate_runs_cpu(const Tensor& x, const Runs& runs, const std::vector<Rota
     workspace = std::max(workspace, boft_rotate_workspace(&plans.back(), dtype));
     work = std::max(work, work_per_element(plans.back()));
   }
-  parallel(in.rows, in.rows * in.columns * work, workspace, [&](int64_t begin, int64_t end, void* ws) {
-    return runs.visit(in.rows, begin, end, [&](int64_t adapter, int64_t first, int64_t past, int64_t from,
-                                               int64_t stop) {
-      if (adapter < 0) return copy_rows(in, y, from, stop), BOFT_OK;
-      // A call of its own for each run, so that the core chooses by the run's length: packing blocks for a row costs more.
-      const boft_rotate_args args = {&plans[adapter],
-                                     dtype,
-                                     0,
-                                     past - first,
-                                     static_cast<const char*>(in.data()) + first * in.stride * x.element_size(),
-                                     in.stride,
-                                     rotations[adapter].blocks.const_data_ptr(),
-                                     static_cast<char*>(y.mutable_data_ptr()) + first * in.columns * y.element_size(),
-                                     in.columns};
-      return boft_rotate(&args, from - first, stop - first, ws);
+  const int64_t row_bytes = in.columns * x.element_size(), total_work = in.rows * in.columns * work;
+  const char* const from = static_cast<const char*>(in.data());
+  char* const to = static_cast<char*>(y.mutable_data_ptr());
+  // Rows first ... past-1 as a call of their own, so that the core chooses its kernel by their number.
+  const auto rotate = [&](int64_t adapter, int64_t rows, const char* data, int64_t stride, char* out, int64_t begin,
+                          int64_t end, void* ws) {
+    const boft_rotate_args args = {&plans[adapter], dtype, 0, rows, data, stride,
+                                   rotations[adapter].blocks.const_data_ptr(), out, in.columns};
+    return boft_rotate(&args, begin, end, ws);
+  };
+  if (in.rows >= kLongRun * static_cast<int64_t>(runs.ends.size())) {
+    parallel(in.rows, total_work, workspace, [&](int64_t begin, int64_t end, void* ws) {
+      return runs.visit(in.rows, begin, end, [&](int64_t adapter, int64_t first, int64_t past, int64_t start,
+                                                 int64_t stop) {
+        if (adapter < 0) return copy_rows(in, y, start, stop), BOFT_OK;
+        return rotate(adapter, past - first, from + first * in.stride * x.element_size(), in.stride,
+                      to + first * row_bytes, start - first, stop - first, ws);
+      });
     });
-  });
+    return y;
+  }
+  // Short runs: a row at a time would read the blocks for every row, so rows of an adapter are brought together.
+  const int64_t most = std::clamp<int64_t>(kGatheredBytes / std::max<int64_t>(1, row_bytes), 32, kGatheredRows);
+  const Order order(runs, in.rows, static_cast<int64_t>(rotations.size()), most);
+  const size_t core = (workspace + 63) / 64 * 64;
+  parallel(static_cast<int64_t>(order.pieces.size()), total_work, core + 2 * most * row_bytes,
+           [&](int64_t begin, int64_t end, void* ws) {
+             char* const gathered = static_cast<char*>(ws) + core;
+             char* const rotated = gathered + most * row_bytes;
+             for (int64_t i = begin; i < end; i++) {
+               const auto& [adapter, first, past] = order.pieces[i];
+               const int64_t rows = past - first;
+               for (int64_t at = first; at < past && adapter < 0; at++)
+                 copy_rows(in, y, order.rows[at], order.rows[at] + 1);
+               if (adapter < 0) continue;
+               for (int64_t t = 0; t < rows; t++)
+                 std::memcpy(gathered + t * row_bytes, from + order.rows[first + t] * in.stride * x.element_size(),
+                             row_bytes);
+               check(rotate(adapter, rows, gathered, in.columns, rotated, 0, rows, ws));
+               for (int64_t t = 0; t < rows; t++)
+                 std::memcpy(to + order.rows[first + t] * row_bytes, rotated + t * row_bytes, row_bytes);
+             }
+             return BOFT_OK;
+           });
   return y;
 }
 
