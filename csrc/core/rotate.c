@@ -3,6 +3,8 @@
 #include "status.h"
 #include "tiles.h"
 
+#include <string.h>
+
 /* Enough tasks for the threads of a large machine to share evenly. */
 enum { TASKS = 32 };
 /* A split costs a pass over the blocks, so it should sum at least this many rows. */
@@ -122,15 +124,21 @@ boft_status boft_rotate_backward(const boft_rotate_backward_args *args, int64_t 
     return BOFT_OK;
 }
 
-/* to[i] = from[i] + from[count + i] + ... for i in [begin, end). */
+/* Elements summed at a time: splits are read as streams, and the sums stay in the first-level cache. */
+enum { SUM_ELEMENTS = 256 };
+
+/* to[i] = from[i] + from[count + i] + ... for i in [begin, end); to may be from. */
 #define DEFINE_SUM(REAL)                                                                                               \
     static void sum_##REAL(int64_t splits, int64_t count, const REAL *from, REAL *to, int64_t begin, int64_t end)      \
     {                                                                                                                  \
-        for (int64_t i = begin; i < end; i++) {                                                                        \
-            REAL sum = from[i];                                                                                        \
+        for (int64_t first = begin; first < end; first += SUM_ELEMENTS) {                                              \
+            const int64_t elements = boft_min(SUM_ELEMENTS, end - first);                                              \
+            REAL sum[SUM_ELEMENTS];                                                                                    \
+            memcpy(sum, from + first, (size_t)elements * sizeof *sum);                                                 \
             for (int64_t split = 1; split < splits; split++)                                                           \
-                sum += from[split * count + i];                                                                        \
-            to[i] = sum;                                                                                               \
+                for (int64_t i = 0; i < elements; i++)                                                                 \
+                    sum[i] += from[split * count + first + i];                                                         \
+            memcpy(to + first, sum, (size_t)elements * sizeof *sum);                                                   \
         }                                                                                                              \
     }
 
