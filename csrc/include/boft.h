@@ -45,7 +45,8 @@ typedef enum boft_status {
     BOFT_OK = 0,
     BOFT_BAD_SHAPE,   /* sizes that no BOFT rotation has, or ranges outside them */
     BOFT_BAD_DTYPE,   /* a dtype that the function does not take */
-    BOFT_BAD_ARGUMENT /* a missing pointer or an unknown name */
+    BOFT_BAD_ARGUMENT, /* a missing pointer or an unknown name */
+    BOFT_CUDA_FAILED   /* a launch failed: boft_cuda.h */
 } boft_status;
 
 typedef enum boft_dtype { BOFT_F32 = 0, BOFT_F64, BOFT_BF16, BOFT_F16 } boft_dtype;
