@@ -11,20 +11,25 @@ export HF_HUB_OFFLINE := 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
 # The stamp carries the kind of build, so that another kind rebuilds. Folders count too: they change when a file goes.
-BUILT := $(VENV)/built-portable$(BOFT_PORTABLE)
-SOURCES := setup.py pyproject.toml $(shell find csrc)
+BUILT := $(VENV)/built-portable$(BOFT_PORTABLE)-cuda$(BOFT_CUDA)
+SOURCES := setup.py setup_cuda.py pyproject.toml $(shell find csrc)
+
+# What make gpu runs after its build.
+PART := all
 
 # Releases of PEFT, or folders of its checkouts: make test-peft-versions VERSIONS=0.18.1
 VERSIONS := 0.18.1 0.19.1 0.20.0 0.21.2
 
-.PHONY: help build demo test test-peft test-peft-versions bench plots clean
+.PHONY: help build demo test test-peft test-peft-versions cuda-check gpu bench plots clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo       fine-tune a small pretrained model with BOFT and compare: examples/finetune_text.py'
-	@echo 'make test       run the tests of the C core and of the Python package'
+	@echo 'make test       run the tests of the C core, the CUDA kernels (on the CPU) and the Python package'
 	@echo "make test-peft  run PEFT's own BOFT tests with boft_ext patched in"
 	@echo 'make test-peft-versions  the tests of the PEFT patch and the former with each PEFT in VERSIONS'
+	@echo 'make cuda-check  compile the CUDA kernels for all architectures and check what came out; needs nvcc, no GPU'
+	@echo 'make gpu        with a GPU, for the torch that PYTHON has: build, then PART=tests|ops|layers|model|all'
 	@echo 'make bench      measure operators, layers and models beside LoRA, OFT and other forms of BOFT: benchmarks/'
 	@echo 'make plots      draw what make bench measured: benchmarks/results/*.png'
 	@echo 'make build      only make the environment $(VENV) and build the extension in place'
@@ -41,6 +46,14 @@ $(BUILT): $(VENV)/installed $(SOURCES)
 	@rm -f $(VENV)/built-*
 	@touch $@
 
+# Toolkits without a disassembler get it from PyPI.
+CUOBJDUMP_WHEEL := $(if $(shell command -v nvcc),$(if $(shell command -v cuobjdump),,$(VENV)/cuobjdump))
+
+$(VENV)/cuobjdump: requirements-cuda-check.txt $(VENV)/installed
+	rm -rf $@
+	$(PY) -m pip install --no-deps --target $@ -r requirements-cuda-check.txt
+	@touch $@
+
 # Apart, because PEFT imports it wherever it is installed.
 $(VENV)/torchao: requirements-torchao.txt $(VENV)/installed
 	rm -rf $@
@@ -54,6 +67,7 @@ demo: $(BUILT)
 
 test: $(BUILT) $(VENV)/torchao
 	$(MAKE) -C tests/c check
+	$(MAKE) -C tests/cuda check
 	$(PY) -m pytest tests
 	PYTHONPATH=$(VENV)/torchao $(PY) -m pytest tests/torchao_layers.py
 
@@ -62,6 +76,13 @@ test-peft: $(BUILT)
 
 test-peft-versions: $(BUILT)
 	$(PY) tests/run_peft_versions.py $(VERSIONS)
+
+cuda-check: $(CUOBJDUMP_WHEEL)
+	$(PYTHON) tests/cuda/check_cuda.py
+
+# Everything that PART means is in scripts/gpu.py.
+gpu:
+	$(PYTHON) scripts/gpu.py $(PART)
 
 bench: $(BUILT)
 	$(PY) -m benchmarks
@@ -72,4 +93,4 @@ plots: $(BUILT)
 clean:
 	rm -rf build dist *.egg-info __pycache__ boft_ext/_build.py boft_ext/*.so $(VENV)/built-*
 	find boft_ext tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
-	if [ -f tests/c/Makefile ]; then $(MAKE) -C tests/c clean; fi
+	if [ -f tests/c/Makefile ]; then $(MAKE) -C tests/c clean; $(MAKE) -C tests/cuda clean; fi

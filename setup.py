@@ -1,13 +1,17 @@
-"""Build boft_ext._C: the C core with the C compiler, the torch binding with torch's BuildExtension, one module of both.
+"""Build boft_ext._C: the C core with the C compiler, the CUDA kernels with nvcc, the torch binding with torch's
+BuildExtension; one module of all.
 
 The core is compiled here and handed over as objects because BuildExtension compiles .c files as C++, with one set of
-flags for all files. Everything else about the package is in pyproject.toml.
+flags for all files, and .cu files against torch's CUDA headers. Everything else about the package is in pyproject.toml.
 
 Environment:
     CC, CXX          the compilers; otherwise the first of cc, gcc, clang and of c++, g++, clang++ that is on PATH
     MAX_JOBS         how many files to compile at once; otherwise one per processor
     BOFT_PORTABLE=1  leave out the kernels that need x86 headers
-    BOFT_WERROR=1    a warning in the core is an error
+    BOFT_WERROR=1    a warning in the core or in the CUDA kernels is an error
+    BOFT_CUDA        auto: build the CUDA kernels if torch is a CUDA build and there is an nvcc of no newer major
+                     version; 0: leave them out; 1: build them, whatever torch is
+    CUDA_HOME        the CUDA toolkit; otherwise the nvcc on PATH, in /usr/local/cuda or in NVIDIA's Python packages
 """
 import hashlib
 import os
@@ -18,6 +22,10 @@ import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+# Builds in isolation do not look for modules beside this file.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import setup_cuda  # noqa: E402
 
 MIN_PYTHON, MIN_TORCH, MIN_SETUPTOOLS = (3, 10), (2, 11), (77,)
 INSTALL = "pip install --no-build-isolation ."
@@ -65,7 +73,7 @@ def check_torch():
     import setuptools
     if version_tuple(setuptools.__version__, 1) < MIN_SETUPTOOLS:
         stop(f"setuptools {setuptools.__version__} is too old: pip install 'setuptools>=77', then: {INSTALL}")
-    return torch.__version__
+    return torch
 
 
 def compiler_version(compiler):
@@ -73,30 +81,53 @@ def compiler_version(compiler):
 
 
 def compile_core(cc, root):
-    """Compile root/csrc/core/*.c where an object is older than its source or any header; return the objects' paths.
-
-    The folder of the objects is named after the command and the compiler's version, so other flags never meet old objects.
-    """
+    """Compile root/csrc/core/*.c; return the objects' paths."""
     command = [*cc, "-std=c11", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-    command += ["-Werror"] * (os.environ.get("BOFT_WERROR") == "1") + core_macros()
-    key = hashlib.sha256(repr((command, compiler_version(cc))).encode()).hexdigest()[:12]
-    objects = root / "build" / f"core-{key}"
+    command += ["-Werror"] * werror() + core_macros()
+    objects = object_folder(root, "core", command, compiler_version(cc))
+    return compile_objects("C", command, root, "core/*.c", "*.h", objects)
+
+
+def compile_cuda(toolkit, cxx, root):
+    """Compile root/csrc/cuda/*.cu; return the objects' paths."""
+    command = setup_cuda.compile_command(toolkit, cxx, werror())
+    objects = object_folder(root, "cuda", command, toolkit.version)
+    # Each file is compiled once for every architecture, side by side where the files leave processors idle.
+    threads = max(1, jobs() // max(1, len(list((root / "csrc" / "cuda").glob("*.cu")))))
+    return compile_objects("CUDA", [*command, f"--threads={threads}"], root, "cuda/*.cu", "*.*h", objects)
+
+
+def object_folder(root, part, command, version):
+    """The folder is named after the command and the compiler's version, so that other flags never meet old objects."""
+    return root / "build" / f"{part}-{hashlib.sha256(repr((command, version)).encode()).hexdigest()[:12]}"
+
+
+def compile_objects(language, command, root, sources, headers, objects):
+    """Compile the `sources` in root/csrc whose object is older than they or than any of the `headers` there."""
+    changed = max(path.stat().st_mtime for path in (root / "csrc").rglob(headers))
     objects.mkdir(parents=True, exist_ok=True)
-    headers = max(path.stat().st_mtime for path in (root / "csrc").rglob("*.h"))
 
     def compile_one(source):
         target = objects / f"{source.stem}.o"
-        if not target.exists() or target.stat().st_mtime <= max(headers, source.stat().st_mtime):
+        if not target.exists() or target.stat().st_mtime <= max(changed, source.stat().st_mtime):
             unfinished = target.with_suffix(".part")
             line = [*command, f"-I{root / 'csrc' / 'include'}", "-c", str(source), "-o", str(unfinished)]
             print(shlex.join(line), flush=True)
             if subprocess.run(line).returncode:
-                stop(f"the C compiler failed on {source}")
+                stop(f"the {language} compiler failed on {source}")
             unfinished.replace(target)
         return str(target)
 
-    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-        return list(pool.map(compile_one, sorted((root / "csrc" / "core").glob("*.c"))))
+    with ThreadPoolExecutor(jobs()) as pool:
+        return list(pool.map(compile_one, sorted((root / "csrc").glob(sources))))
+
+
+def jobs():
+    return int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+
+
+def werror():
+    return os.environ.get("BOFT_WERROR") == "1"
 
 
 def core_macros():
@@ -105,7 +136,8 @@ def core_macros():
 
 def main():
     cc, cxx = check_tools()
-    torch_version = check_torch()
+    torch = check_torch()
+    toolkit = setup_cuda.find(os.environ.get("BOFT_CUDA") or "auto", torch.version.cuda, cxx)
     # setuptools and torch take their compilers from the environment; ninja may be installed beside this Python only.
     os.environ.update(CC=shlex.join(cc), CXX=shlex.join(cxx))
     os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
@@ -115,8 +147,8 @@ def main():
 
     # GCC's OpenMP is the libgomp that torch loads. Clang's would be a second runtime, so there loops stay serial.
     openmp = [] if "clang" in compiler_version(cxx) else ["-fopenmp"]
-    record = {"TORCH": torch_version, "PYTHON": sys.version.split()[0], "COMPILER": compiler_version(cc),
-              "OPENMP": bool(openmp), "CUDA_ARCHITECTURES": []}
+    record = {"TORCH": torch.__version__, "PYTHON": sys.version.split()[0], "COMPILER": compiler_version(cc),
+              "OPENMP": bool(openmp), "CUDA_ARCHITECTURES": toolkit.architectures if toolkit else []}
 
     class BuildBoft(BuildExtension):
         """Compiles the core first; afterwards writes _build.py, which _compat.py reads, beside the module."""
@@ -124,12 +156,14 @@ def main():
         def finalize_options(self):
             super().finalize_options()
             # One folder per Python and torch, the same for every way to install, so that rebuilds find their objects.
-            self.build_temp = f"build/torch-{torch_version}-{sys.implementation.cache_tag}"
+            self.build_temp = f"build/torch-{torch.__version__}-{sys.implementation.cache_tag}"
             self.force = True
 
         def build_extensions(self):
             for extension in self.extensions:
                 extension.extra_objects = compile_core(cc, Path.cwd())
+                if toolkit:
+                    extension.extra_objects += compile_cuda(toolkit, cxx, Path.cwd())
             super().build_extensions()
 
         def run(self):
@@ -139,10 +173,14 @@ def main():
             for parent in [self.build_lib, "."] if self.inplace else [self.build_lib]:
                 Path(parent, "boft_ext", "_build.py").write_text(text)
 
+    sources = [path for path in Path("csrc/torch").glob("*.cpp") if toolkit or not path.stem.endswith("cuda")]
+    flags, link = ["-O2", "-fvisibility=hidden", "-g0", *openmp, *core_macros()], [*openmp]
+    if toolkit:
+        flags.append("-DBOFT_CUDA")
+        link += setup_cuda.link_arguments(toolkit)
     binding = CppExtension(
-        "boft_ext._C", sorted(str(path) for path in Path("csrc/torch").glob("*.cpp")),
-        include_dirs=[str(Path.cwd() / "csrc" / "include")],
-        extra_compile_args=["-O2", "-fvisibility=hidden", "-g0", *openmp, *core_macros()], extra_link_args=openmp)
+        "boft_ext._C", sorted(map(str, sources)), include_dirs=[str(Path.cwd() / "csrc" / "include")],
+        extra_compile_args=flags, extra_link_args=link)
     setup(ext_modules=[binding], cmdclass={"build_ext": BuildBoft})
 
 

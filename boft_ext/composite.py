@@ -25,11 +25,11 @@ def _form(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def form(first: Tensor, *args: object) -> object:
-        device = first.device.type
+        device = str(first.device)
         if device not in _announced:
             _announced.add(device)
             _log.info("boft_ext: no kernels in use for device %s; its operators run in plain torch", device)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(first.device.type, enabled=False):
             return function(first, *args)
 
     return form

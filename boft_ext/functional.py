@@ -177,12 +177,17 @@ def rotate_weight(
     """
     with torch.autocast(weight.device.type, enabled=False):
         flat = weight.reshape(weight.shape[0], -1)
-        made = None if reuse else _fresh_blocks(boft_R, weight.dtype, keep)
+        on_cpu = weight.device.type == "cpu"
+        if not reuse:
+            made = _fresh_blocks(boft_R, weight.dtype, keep)
+        else:
+            made = None if on_cpu else blocks(boft_R, weight.dtype, keep)
         if groups != 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return _merged_rows(flat, boft_R, boft_s, groups, keep, made).to(weight.dtype).view(weight.shape)
-        out = torch.empty_like(flat) if weight.device.type != "cpu" else _C.empty_contiguous(flat)
+        out = _C.empty_contiguous(flat)
         scales = None if boft_s is None else boft_s.reshape(-1, 1)
-        for first in range(0, flat.shape[0], rows := max(1, _MERGE_ELEMENTS // max(1, flat.shape[1]))):
+        elements = _MERGE_ELEMENTS if on_cpu else _MERGE_ELEMENTS_ELSEWHERE
+        for first in range(0, flat.shape[0], rows := max(1, elements // max(1, flat.shape[1]))):
             part = slice(first, first + rows)
             s = None if scales is None else scales[part]
             out[part] = _merged_rows(flat[part], boft_R, s, 1, keep, made)
@@ -192,6 +197,8 @@ def rotate_weight(
 # A merge works on this many elements at a time, so that what it computes in between stays in cache: 16-bit weights are
 # widened first, and fresh memory for 64 MiB costs as much as rotating them.
 _MERGE_ELEMENTS = 1 << 19
+# On other devices every part costs launches, and only memory limits it.
+_MERGE_ELEMENTS_ELSEWHERE = 1 << 24
 
 
 def _merged_rows(
@@ -238,7 +245,13 @@ def dropout_keep(m: int, blocks: int, p: float, device: torch.device | str = "cp
     """
     factor = torch.randint(0, m, (1,))
     keep = (torch.arange(m) != factor).unsqueeze(1) | (torch.randperm(blocks) >= int(p * blocks))
-    return keep.to(device)
+    return _moved(keep, device)
+
+
+def _moved(keep: Tensor, device: torch.device | str) -> Tensor:
+    """A mask drawn on the CPU, without waiting for a CUDA device, as a copy from memory that is not pinned would."""
+    cuda = torch.device(device).type == "cuda"
+    return (keep.pin_memory() if cuda else keep).to(device, non_blocking=cuda)
 
 
 def dropout_keep_paper(m: int, blocks: int, p1: float, p2: float, device: torch.device | str = "cpu") -> Tensor:
@@ -258,4 +271,4 @@ def dropout_keep_paper(m: int, blocks: int, p1: float, p2: float, device: torch.
     dropped = torch.floor(p2 * blocks + torch.rand(m, 1, dtype=torch.float64))
     drawn = torch.randperm(m) < factors
     ranks = torch.rand(m, blocks).argsort(dim=1).argsort(dim=1)
-    return (~drawn.unsqueeze(1) | (ranks >= dropped)).to(device)
+    return _moved(~drawn.unsqueeze(1) | (ranks >= dropped), device)

@@ -14,12 +14,13 @@ _ANY_DEVICE_KEYS = ("CompositeExplicitAutograd", "CompositeImplicitAutograd")
 
 
 def build_info() -> dict[str, Any]:
-    """Versions and kernels of this installation, as plain strings and lists that JSON can hold.
+    """Versions and kernels of this installation, as plain values that JSON can hold.
 
     Keys: `boft_ext`, `torch`, `python`, `peft` (versions; None if not installed), `torch_built_for` and `compiler` (of
     the compiled part), `cpu_kernels` (the variant in use), `cpu_kernels_available` (those this processor can run),
-    `cuda_architectures` (built in; empty without CUDA), `device_independent_ops` (operators that also run on any other
-    device of torch).
+    `cuda_architectures` (built in: sm_NN machine code, compute_NN code that drivers compile for newer devices; empty
+    without CUDA), `cuda_streams` (True if there are CUDA kernels and this torch says which stream they belong on, so
+    that they can be used), `device_independent_ops` (operators that also run on any other device of torch).
 
     Thread-safe; initialises no device and imports neither PEFT nor anything else.
     """

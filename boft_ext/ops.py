@@ -1,8 +1,8 @@
 """The registered operators ``torch.ops.boft.*``: loads the compiled module, adds fake kernels and the forms for devices
 without kernels.
 
-The schemas, the autograd formulas and the CPU kernels are in C++ (csrc/torch). A fake kernel gives shapes and dtypes to
-`torch.compile` and to export.
+The schemas, the autograd formulas and the calls of kernels are in C++ (csrc/torch). A fake kernel gives shapes and dtypes
+to `torch.compile` and to export.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ for _form in composite.FORMS:
     _library.impl(_form.__name__, _form)
 
 _C.select_cpu_variant(None)
-_C.use_cpu_kernels(True)
+_C.use_kernels(True)
 
 
 @contextlib.contextmanager
 def without_kernels() -> Iterator[None]:
     """Within the block every operator runs its device-independent form. For tests; not while other threads compute."""
-    _C.use_cpu_kernels(False)
+    _C.use_kernels(False)
     try:
         yield
     finally:
-        _C.use_cpu_kernels(True)
+        _C.use_kernels(True)
 
 
 @contextlib.contextmanager
@@ -54,7 +54,7 @@ def cpu_variant(name: str) -> Iterator[None]:
 
 
 def compiled_info() -> dict[str, object]:
-    """What the compiled part is: its CPU kernels in use and available, and what it was built with and for."""
+    """What the compiled part is: its kernels in use and available, and what it was built with and for."""
     from . import _build
 
     return {
@@ -63,6 +63,7 @@ def compiled_info() -> dict[str, object]:
         "torch_built_for": _build.TORCH,
         "compiler": _build.COMPILER,
         "cuda_architectures": list(_build.CUDA_ARCHITECTURES),
+        "cuda_streams": _C.cuda_streams(),
     }
 
 

@@ -1,10 +1,12 @@
 """What a user sees when the build or the import cannot work, and that objects are rebuilt exactly when they must be."""
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ import torch
 import boft_ext
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))
+import setup_cuda  # noqa: E402
 
 
 @pytest.fixture
@@ -165,6 +169,126 @@ def test_warnings_stop_the_build_only_when_asked(core, monkeypatch):
         core()
 
 
+@pytest.fixture
+def toolkit(monkeypatch, tmp_path):
+    """A function that makes a CUDA toolkit that compiles to empty objects, by default where CUDA_HOME is."""
+    def make(version="13.0", architectures=(75, 80, 90, 100, 120), runtime=True, where="cuda"):
+        for name in "bin", "lib64":
+            (tmp_path / where / name).mkdir(parents=True)
+        listed = "\\n".join(f"compute_{number}" for number in architectures)
+        (tmp_path / where / "bin" / "nvcc").write_text(f'''#!/bin/sh
+case "$*" in
+--version) echo "Cuda compilation tools, release {version}, V{version}.88";;
+--list-gpu-arch) printf "{listed}\\n";;
+*--dryrun*) echo "TOP={tmp_path / where}" >&2;;
+*) while [ "$1" != -o ]; do shift; done; : > "$2";;
+esac
+''')
+        (tmp_path / where / "bin" / "nvcc").chmod(0o755)
+        if runtime:
+            (tmp_path / where / "lib64" / "libcudart_static.a").touch()
+        return str(tmp_path / where)
+
+    monkeypatch.setattr(setup_cuda, "PLACES", ())
+    monkeypatch.setattr(setup_cuda.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    return make
+
+
+CXX = ["/bin/false"]
+
+
+@pytest.mark.parametrize("value", ["yes", "2", "on"])
+def test_unknown_value_of_boft_cuda(value):
+    with pytest.raises(SystemExit, match=f"BOFT_CUDA={value}: expected auto, 0 or 1"):
+        setup_cuda.find(value, "13.0", CXX)
+
+
+def test_without_cuda_no_nvcc_is_looked_for(monkeypatch):
+    monkeypatch.setattr(setup_cuda, "find_nvcc", None)
+    assert setup_cuda.find("0", "13.0", CXX) is None
+    assert setup_cuda.find("auto", None, CXX) is None
+
+
+@pytest.mark.parametrize("torch_cuda, built", [("13.0", True), ("14.1", True), ("12.8", False)])
+def test_auto_takes_an_nvcc_that_is_not_newer_than_torch(toolkit, capsys, torch_cuda, built):
+    toolkit("13.2")
+    found = setup_cuda.find("auto", torch_cuda, CXX)
+    assert (found is not None) == built
+    assert ("of CUDA 13, torch of CUDA 12.8" in capsys.readouterr().out) == (not built)
+
+
+def test_demanded_kernels_are_built_for_any_torch(toolkit):
+    home = toolkit("13.2")
+    assert setup_cuda.find("1", "12.8", CXX) == setup_cuda.find("1", None, CXX)
+    assert setup_cuda.find("1", None, CXX).nvcc == f"{home}/bin/nvcc"
+
+
+@pytest.mark.parametrize("make, reason", [
+    (None, "no nvcc found .tried CUDA_HOME=.*cuda.. Install the CUDA toolkit or name its folder in CUDA_HOME"),
+    ({"runtime": False}, "has no libcudart_static.a beside it"),
+    ({"architectures": (50, 75)}, "knows none of the architectures sm_80, sm_90, sm_100"),
+    ({"version": "?"}, "--version names no release"),
+])
+def test_unusable_toolkit_stops_the_build_only_when_demanded(toolkit, capsys, make, reason):
+    if make is not None:
+        toolkit(**make)
+    assert setup_cuda.find("auto", "13.0", CXX) is None
+    assert re.search(f"building without CUDA kernels: .*{reason}", capsys.readouterr().out)
+    with pytest.raises(SystemExit, match=f"BOFT_CUDA=1: .*{reason}"):
+        setup_cuda.find("1", "13.0", CXX)
+
+
+@pytest.mark.parametrize("known, built", [((75, 80, 90, 100, 120), ["sm_80", "sm_90", "sm_100", "compute_100"]),
+                                          ((75, 80, 86, 90), ["sm_80", "sm_90", "compute_90"])])
+def test_architectures_are_those_that_nvcc_knows(toolkit, known, built):
+    toolkit(architectures=known)
+    found = setup_cuda.find("1", None, CXX)
+    assert found.architectures == built
+    command = setup_cuda.compile_command(found, CXX, False)
+    assert [word for word in command if word.startswith("-gencode")] == [
+        f"-gencode=arch=compute_{name.split('_')[1]},code={name}" for name in built]
+
+
+def test_nvcc_on_path_and_in_a_python_package(toolkit, monkeypatch, tmp_path):
+    monkeypatch.delenv("CUDA_HOME")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    packaged = toolkit(where="site/nvidia/cu13")
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path / "site" / "nvidia")])
+    monkeypatch.setattr(setup_cuda.importlib.util, "find_spec", lambda name: spec if name == "nvidia" else None)
+    assert setup_cuda.find("1", None, CXX).nvcc == f"{packaged}/bin/nvcc"
+    home = toolkit(where="other")
+    monkeypatch.setenv("PATH", f"{home}/bin")
+    assert setup_cuda.find("1", None, CXX).nvcc == f"{home}/bin/nvcc"
+
+
+def test_cuda_objects_are_kept_until_a_source_or_header_changes(build, core, toolkit, monkeypatch):
+    toolkit()
+    found, root = setup_cuda.find("1", None, CXX), core.root.parent
+    (core.root / "cuda").mkdir()
+    for name in "one.cu", "shared.cuh":
+        (core.root / "cuda" / name).touch()
+        os.utime(core.root / "cuda" / name, (1_000_000_000, 1_000_000_000))
+    core()
+    objects = build.compile_cuda(found, CXX, root)
+    assert [Path(path).name for path in objects] == ["one.o"]
+
+    def compiled(path, jobs="1"):
+        os.utime(objects[0], (1_000_000_010, 1_000_000_010))
+        path.touch()
+        monkeypatch.setenv("MAX_JOBS", jobs)
+        assert build.compile_cuda(found, CXX, root) == objects
+        os.utime(path, (1_000_000_000, 1_000_000_000))
+        return Path(objects[0]).stat().st_mtime > 1_000_000_010
+
+    assert not compiled(core.root / "core" / "one.c", jobs="7")
+    assert compiled(core.root / "cuda" / "shared.cuh")
+    assert compiled(core.root / "cuda" / "one.cu")
+    assert compiled(core.root / "include" / "shared.h")
+    (core.root / "cuda" / "shared.cuh").touch()
+    assert core() == set()
+
+
 def import_error(tmp_path, build_py, running, with_module=True):
     """The message with which a package that holds only _compat.py refuses to be imported; None if it does not."""
     fake_module(tmp_path, "torch", f"__version__ = {running!r}")
@@ -212,5 +336,6 @@ def test_build_record_is_of_this_environment():
     assert _build.TORCH.split(".")[:2] == torch.__version__.split(".")[:2]
     assert _build.PYTHON.split(".")[:2] == [str(part) for part in sys.version_info[:2]]
     assert _build.COMPILER
-    assert _build.CUDA_ARCHITECTURES == []
+    registered = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert registered("boft::rotate", "CUDA") == bool(_build.CUDA_ARCHITECTURES)
     assert importlib.util.find_spec("boft_ext._C").origin.startswith(str(Path(boft_ext.__file__).parent))

@@ -24,6 +24,8 @@ def test_what_is_reported():
     }
     assert info["peft"] == installed.get("peft")
     assert isinstance(info["cuda_architectures"], list)
+    # The running torch may have no CUDA although the kernels are built.
+    assert info["cuda_streams"] == bool(info["cuda_architectures"] and torch.version.cuda)
     assert {"blocks", "rotate", "scale"} <= set(info["device_independent_ops"])
     assert json.loads(json.dumps(info)) == info
 
@@ -34,6 +36,8 @@ def test_the_variant_in_use_is_reported():
             assert build_info()["cpu_kernels"] == variant
     with ops.without_kernels():
         assert build_info()["cpu_kernels"] == "none"
+        for key in ("CPU", "CUDA"):
+            assert not torch._C._dispatch_has_kernel_for_dispatch_key("boft::rotate", key)
 
 
 def test_missing_peft_is_reported(monkeypatch, capsys):

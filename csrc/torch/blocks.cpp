@@ -1,5 +1,5 @@
 // boft::blocks: parameters to collapsed blocks, and its backward.
-#include "common.h"
+#include "arguments.h"
 #include "ops.h"
 
 #include <ATen/ops/empty.h>
@@ -13,21 +13,13 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// keep as one byte a block, or NULL.
-const unsigned char* keep_bytes(const std::optional<Tensor>& keep, int64_t blocks, Tensor& holder) {
-  if (!keep.has_value()) return nullptr;
-  TORCH_CHECK_TYPE(keep->scalar_type() == at::kBool, "keep: expected bool, got ", keep->scalar_type());
-  TORCH_CHECK_VALUE(keep->numel() == blocks, "keep: expected one value for each of ", blocks, " blocks, got ",
-                    keep->sizes());
-  holder = keep->contiguous();
-  return static_cast<const unsigned char*>(holder.const_data_ptr());
-}
-
-void check_blocks(const Tensor& blocks, const char* what) {
+// The plan for blocks of shape (m, d / b, b, b).
+boft_plan plan_of(const Tensor& blocks, const char* what) {
   TORCH_CHECK_VALUE(blocks.dim() == 4 && blocks.size(2) == blocks.size(3), what, ": expected (m, d / b, b, b), got ",
                     blocks.sizes());
   TORCH_CHECK_TYPE(blocks.scalar_type() == at::kFloat || blocks.scalar_type() == at::kDouble, what,
                    ": expected float32 or float64, got ", blocks.scalar_type());
+  return make_plan(blocks.size(1) * blocks.size(2), blocks.size(2), blocks.size(0));
 }
 
 // Multiply-adds that one group of a level costs to collapse, or a little for a copy.
@@ -35,58 +27,81 @@ int64_t collapse_work(const boft_plan& plan, const boft_level& level) {
   return level.group * level.group * (plan.b * (level.factors - 1) + 1);
 }
 
+}  // namespace
+
+Keep::Keep(const std::optional<Tensor>& keep, int64_t blocks) {
+  if (!keep.has_value()) return;
+  TORCH_CHECK_TYPE(keep->scalar_type() == at::kBool, "keep: expected bool, got ", keep->scalar_type());
+  TORCH_CHECK_VALUE(keep->numel() == blocks, "keep: expected one value for each of ", blocks, " blocks, got ",
+                    keep->sizes());
+  tensor = keep->contiguous();
+}
+
+const unsigned char* Keep::data() const {
+  return tensor.defined() ? static_cast<const unsigned char*>(tensor.const_data_ptr()) : nullptr;
+}
+
+Blocks::Blocks(const Tensor& boft_R, const std::optional<Tensor>& keep_any)
+    : plan(plan_of(boft_R, "boft_R")),
+      dtype(data_dtype(boft_R, "boft_R")),
+      keep(keep_any, plan.m * plan.blocks),
+      a(boft_R.contiguous()),
+      blocks(at::empty({plan.count}, a.options())),
+      q(plan.m == 1 ? at::empty({0}, a.options()) : at::empty_like(a)) {}
+
+BlocksBackward::BlocksBackward(const Tensor& dblocks_any, const Tensor& q_any, const std::optional<Tensor>& keep_any)
+    : plan(plan_of(q_any, "q")), dtype(data_dtype(q_any, "q")), keep(keep_any, plan.m * plan.blocks) {
+  TORCH_CHECK_VALUE(dblocks_any.numel() == plan.count, "dblocks: expected ", plan.count, " elements, got ",
+                    dblocks_any.numel());
+  TORCH_CHECK_TYPE(dblocks_any.scalar_type() == q_any.scalar_type(), "dblocks: expected ", q_any.scalar_type(),
+                   ", got ", dblocks_any.scalar_type());
+  dblocks = dblocks_any.contiguous();
+  q = q_any.contiguous();
+  da = at::empty_like(q);
+}
+
+namespace {
+
 std::tuple<Tensor, Tensor> blocks_cpu(const Tensor& boft_R, const std::optional<Tensor>& keep) {
-  check_blocks(boft_R, "boft_R");
-  const int64_t m = boft_R.size(0), count = boft_R.size(1), b = boft_R.size(2);
-  const boft_plan plan = make_plan(count * b, b, m);
-  const boft_dtype dtype = data_dtype(boft_R, "boft_R");
-  Tensor holder;
-  const unsigned char* kept = keep_bytes(keep, m * count, holder);
-  const Tensor a = boft_R.contiguous();
-  Tensor blocks = at::empty({plan.count}, a.options());
+  const Blocks call(boft_R, keep);
+  const boft_plan& plan = call.plan;
+  const int64_t b = plan.b, count = plan.m * plan.blocks;
+  void* const blocks = call.blocks.mutable_data_ptr();
   // With one factor the blocks are Q itself.
-  Tensor q = m == 1 ? at::empty({0}, a.options()) : at::empty_like(a);
-  void* to = m == 1 ? blocks.mutable_data_ptr() : q.mutable_data_ptr();
-  parallel(m * count, m * count * b * b * b * 2, boft_cayley_workspace(b), [&](int64_t begin, int64_t end, void* ws) {
-    return boft_cayley(dtype, b, begin, end, a.const_data_ptr(), kept, to, ws);
+  void* const q = plan.m == 1 ? blocks : call.q.mutable_data_ptr();
+  parallel(count, count * b * b * b * 2, boft_cayley_workspace(b), [&](int64_t begin, int64_t end, void* ws) {
+    return boft_cayley(call.dtype, b, begin, end, call.a.const_data_ptr(), call.keep.data(), q, ws);
   });
-  for (int64_t i = 0; m > 1 && i < plan.levels; i++) {
+  for (int64_t i = 0; plan.m > 1 && i < plan.levels; i++) {
     const boft_level& level = plan.level[i];
     const int64_t groups = plan.d / level.group;
-    parallel(groups, groups * collapse_work(plan, level), boft_collapse_workspace(&plan, dtype),
+    parallel(groups, groups * collapse_work(plan, level), boft_collapse_workspace(&plan, call.dtype),
              [&](int64_t begin, int64_t end, void* ws) {
-               return boft_collapse(&plan, dtype, i, begin, end, to, blocks.mutable_data_ptr(), ws);
+               return boft_collapse(&plan, call.dtype, i, begin, end, q, blocks, ws);
              });
   }
-  return {blocks, q};
+  return {call.blocks, call.q};
 }
 
 Tensor blocks_backward_cpu(const Tensor& dblocks, const Tensor& q, const std::optional<Tensor>& keep) {
-  check_blocks(q, "q");
-  const int64_t m = q.size(0), count = q.size(1), b = q.size(2);
-  const boft_plan plan = make_plan(count * b, b, m);
-  const boft_dtype dtype = data_dtype(q, "q");
-  TORCH_CHECK_VALUE(dblocks.numel() == plan.count, "dblocks: expected ", plan.count, " elements, got ", dblocks.numel());
-  TORCH_CHECK_TYPE(dblocks.scalar_type() == q.scalar_type(), "dblocks: expected ", q.scalar_type(), ", got ",
-                   dblocks.scalar_type());
-  Tensor holder;
-  const unsigned char* kept = keep_bytes(keep, m * count, holder);
-  const Tensor grad = dblocks.contiguous(), qc = q.contiguous();
-  Tensor da = at::empty_like(qc);
+  const BlocksBackward call(dblocks, q, keep);
+  const boft_plan& plan = call.plan;
+  const int64_t b = plan.b, count = plan.m * plan.blocks;
+  const void* const qs = call.q.const_data_ptr();
+  void* const da = call.da.mutable_data_ptr();
   for (int64_t i = 0; i < plan.levels; i++) {
     const boft_level& level = plan.level[i];
     const int64_t groups = plan.d / level.group;
-    parallel(groups, groups * collapse_work(plan, level) * 2, boft_collapse_workspace(&plan, dtype),
+    parallel(groups, groups * collapse_work(plan, level) * 2, boft_collapse_workspace(&plan, call.dtype),
              [&](int64_t begin, int64_t end, void* ws) {
-               return boft_collapse_backward(&plan, dtype, i, begin, end, grad.const_data_ptr(), qc.const_data_ptr(),
-                                             da.mutable_data_ptr(), ws);
+               return boft_collapse_backward(&plan, call.dtype, i, begin, end, call.dblocks.const_data_ptr(), qs, da,
+                                             ws);
              });
   }
-  parallel(m * count, m * count * b * b * b * 2, boft_cayley_workspace(b), [&](int64_t begin, int64_t end, void* ws) {
-    return boft_cayley_backward(dtype, b, begin, end, da.const_data_ptr(), qc.const_data_ptr(), kept,
-                                da.mutable_data_ptr(), ws);
+  parallel(count, count * b * b * b * 2, boft_cayley_workspace(b), [&](int64_t begin, int64_t end, void* ws) {
+    return boft_cayley_backward(call.dtype, b, begin, end, da, qs, call.keep.data(), da, ws);
   });
-  return da;
+  return call.da;
 }
 
 std::tuple<Tensor, Tensor> call_blocks(const Tensor& boft_R, const std::optional<Tensor>& keep) {

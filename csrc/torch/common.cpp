@@ -3,6 +3,7 @@
 #include "recycler.h"
 
 #include <ATen/EmptyTensor.h>
+#include <ATen/ops/empty.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <cstring>
@@ -11,6 +12,7 @@ namespace boft {
 
 void check(boft_status status) {
   if (status == BOFT_OK) return;
+  TORCH_CHECK(status != BOFT_CUDA_FAILED, boft_last_error());
   TORCH_CHECK_TYPE(status != BOFT_BAD_DTYPE, boft_last_error());
   TORCH_CHECK_VALUE(false, boft_last_error());
 }
@@ -59,6 +61,7 @@ Rows::Rows(const at::Tensor& any) : tensor(any) {
 }
 
 at::Tensor empty_contiguous(const at::Tensor& tensor) {
+  if (!tensor.is_cpu()) return at::empty(tensor.sizes(), tensor.options().memory_format(at::MemoryFormat::Contiguous));
   return at::detail::empty_generic(tensor.sizes(), &recycler(), c10::DispatchKeySet(c10::DispatchKey::CPU),
                                    tensor.scalar_type(), c10::MemoryFormat::Contiguous);
 }

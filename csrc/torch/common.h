@@ -12,7 +12,7 @@
 
 namespace boft {
 
-// Turns a refusal of the core into ValueError or TypeError with the core's message.
+// Turns a refusal of the core into ValueError or TypeError, or a failed launch into RuntimeError, with its message.
 void check(boft_status status);
 
 // The dtype as the core names it; TypeError, naming `what` and the dtype, if it is not one of the four.
@@ -36,7 +36,7 @@ struct Rows {
   const void* data() const { return tensor.const_data_ptr(); }
 };
 
-// An uninitialised contiguous tensor like `tensor`, on the CPU and from the `recycler`.
+// An uninitialised contiguous tensor like `tensor`; on the CPU from the `recycler`.
 at::Tensor empty_contiguous(const at::Tensor& tensor);
 
 // Elements of work, roughly multiply-adds, that pay for handing a part to another thread (about 10 us of one core).

@@ -1,5 +1,8 @@
-// The module boft_ext._C: schemas of the operators, the switch of their CPU kernels, and what the build knows.
+// The module boft_ext._C: schemas of the operators, the switch of their kernels, and what the build knows.
 #include "common.h"
+#ifdef BOFT_CUDA
+#include "cuda.h"
+#endif
 #include "ops.h"
 #include "recycler.h"
 
@@ -53,26 +56,51 @@ TORCH_LIBRARY_IMPL(boft, Autograd, library) {
 
 namespace {
 
-// The CPU kernels, while they are in use: without them the operators run their device-independent form.
-std::optional<torch::Library>& cpu_kernels() {
-  static std::optional<torch::Library> library;
-  return library;
+// The kernels, while they are in use: without them the operators run their device-independent form.
+struct Kernels {
+  torch::Library cpu{torch::Library::IMPL, "boft", c10::DispatchKey::CPU, __FILE__, __LINE__};
+#ifdef BOFT_CUDA
+  torch::Library cuda{torch::Library::IMPL, "boft", c10::DispatchKey::CUDA, __FILE__, __LINE__};
+#endif
+
+  Kernels() {
+    boft::register_blocks_cpu(cpu);
+    boft::register_rotate_cpu(cpu);
+    boft::register_scale_cpu(cpu);
+#ifdef BOFT_CUDA
+    boft::register_blocks_cuda(cuda);
+    boft::register_rotate_cuda(cuda);
+    boft::register_scale_cuda(cuda);
+#endif
+  }
+};
+
+std::optional<Kernels>& kernels() {
+  static std::optional<Kernels> kernels;
+  return kernels;
 }
 
-void use_cpu_kernels(bool use) {
-  auto& library = cpu_kernels();
-  if (use == library.has_value()) return;
-  library.reset();
-  if (!use) return;
-  library.emplace(torch::Library::IMPL, "boft", c10::DispatchKey::CPU, __FILE__, __LINE__);
-  boft::register_blocks_cpu(*library);
-  boft::register_rotate_cpu(*library);
-  boft::register_scale_cpu(*library);
+void use_kernels(bool use) {
+  if (use == kernels().has_value()) return;
+  if (use)
+    kernels().emplace();
+  else
+    kernels().reset();
 }
+
+#ifdef BOFT_CUDA
+bool has_kernels(const at::Tensor& tensor) {
+  return kernels().has_value() && (tensor.is_cpu() || (tensor.is_cuda() && boft::cuda_serves(tensor.device().index())));
+}
+using boft::cuda_streams;
+#else
+bool has_kernels(const at::Tensor& tensor) { return kernels().has_value() && tensor.is_cpu(); }
+bool cuda_streams() { return false; }
+#endif
 
 }  // namespace
 
-bool boft::cpu_kernels_in_use() { return cpu_kernels().has_value(); }
+bool boft::cpu_kernels_in_use() { return kernels().has_value(); }
 
 namespace {
 
@@ -97,10 +125,12 @@ void select_cpu_variant(const std::optional<std::string>& name) {
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  module.def("use_cpu_kernels", use_cpu_kernels, "Register (True) or withdraw (False) the CPU kernels. Idempotent.");
+  module.def("use_kernels", use_kernels, "Register (True) or withdraw (False) the kernels of all devices. Idempotent.");
+  module.def("has_kernels", has_kernels, "Whether operators on a tensor's device run kernels, not the other form.");
+  module.def("cuda_streams", cuda_streams, "Whether there are CUDA kernels and torch says which stream is current.");
   module.def("cpu_kernels_in_use", boft::cpu_kernels_in_use);
   module.def("empty_contiguous", boft::empty_contiguous,
-             "An uninitialised contiguous tensor like another one on the CPU.");
+             "An uninitialised contiguous tensor like another one.");
   module.def("idle_bytes", boft::idle_bytes, "Bytes of freed results that are kept to be used again.");
   module.def("release_idle", boft::release_idle, "Return them to the system.");
   module.def("cached_blocks", boft::cached_blocks, "csrc/torch/ops.h says what these six do; None where they cannot.");

@@ -1,5 +1,5 @@
-// The operators on the CPU and their registration by room: blocks.cpp, rotate.cpp and scale.cpp;
-// and calls around the dispatcher: inference.cpp.
+// The operators and their registration by room: blocks.cpp, rotate.cpp and scale.cpp on the CPU, the same with _cuda on
+// CUDA devices; and calls around the dispatcher: inference.cpp.
 #pragma once
 
 #include <torch/library.h>
@@ -15,6 +15,11 @@ namespace boft {
 void register_blocks_cpu(torch::Library& library);
 void register_rotate_cpu(torch::Library& library);
 void register_scale_cpu(torch::Library& library);
+
+// The same for the CUDA key; only in builds with BOFT_CUDA.
+void register_blocks_cuda(torch::Library& library);
+void register_rotate_cuda(torch::Library& library);
+void register_scale_cuda(torch::Library& library);
 
 // The CPU kernels of the operators of the same names.
 at::Tensor rotate_cpu(const at::Tensor& x, const at::Tensor& blocks, int64_t b, int64_t m, bool transpose,

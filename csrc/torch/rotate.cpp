@@ -1,5 +1,5 @@
 // boft::rotate: x R, and its backward.
-#include "common.h"
+#include "arguments.h"
 #include "ops.h"
 #include "packed.h"
 
@@ -18,17 +18,26 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-void check_rotate(const Tensor& x, const Tensor& blocks, const boft_plan& plan) {
+// The plan for x (..., d), which the blocks must fit.
+boft_plan check_rotate(const Tensor& x, const Tensor& blocks, int64_t b, int64_t m) {
+  TORCH_CHECK_VALUE(x.dim() >= 1, "rotate: x needs at least one axis");
+  const boft_plan plan = make_plan(x.size(-1), b, m);
   TORCH_CHECK_VALUE(blocks.numel() == plan.count, "rotate: ", blocks.numel(), " elements of blocks do not fit ", plan.d,
                     " channels with b = ", plan.b, " and m = ", plan.m, ", which have ", plan.count);
   const at::ScalarType real = real_dtype(x.scalar_type());
   TORCH_CHECK_TYPE(blocks.scalar_type() == real, "rotate: ", x.scalar_type(), " data needs ", real, " blocks, got ",
                    blocks.scalar_type());
+  return plan;
 }
 
-boft_plan plan_of(const Tensor& x, int64_t b, int64_t m) {
-  TORCH_CHECK_VALUE(x.dim() >= 1, "rotate: x needs at least one axis");
-  return make_plan(x.size(-1), b, m);
+boft_plan check_rotate_backward(const Tensor& dy, const Tensor& x, const Tensor& blocks, int64_t b, int64_t m,
+                                bool need_blocks) {
+  const boft_plan plan = check_rotate(dy, blocks, b, m);
+  TORCH_CHECK_VALUE(!need_blocks || x.sizes() == dy.sizes(), "rotate backward: x ", x.sizes(), " and dy ", dy.sizes(),
+                    " differ");
+  TORCH_CHECK_TYPE(!need_blocks || x.scalar_type() == dy.scalar_type(), "rotate backward: x is ", x.scalar_type(),
+                   " and dy ", dy.scalar_type());
+  return plan;
 }
 
 // Multiply-adds per element of x.
@@ -38,7 +47,8 @@ int64_t work_per_element(const boft_plan& plan) {
   return work;
 }
 
-Tensor transposed(const boft_plan& plan, boft_dtype real, const Tensor& blocks) {
+Tensor transposed(const boft_plan& plan, const Tensor& blocks) {
+  const boft_dtype real = data_dtype(blocks, "blocks");
   Tensor out = at::empty_like(blocks);
   for (int64_t i = 0; i < plan.levels; i++) {
     const int64_t group = plan.level[i].group, groups = plan.d / group;
@@ -51,20 +61,25 @@ Tensor transposed(const boft_plan& plan, boft_dtype real, const Tensor& blocks) 
 
 }  // namespace
 
+Rotate::Rotate(const Tensor& x, const Tensor& blocks_any, int64_t b, int64_t m, bool transpose)
+    : dtype(data_dtype(x, "x")),
+      plan(check_rotate(x, blocks_any, b, m)),
+      in(x),
+      blocks(blocks_any.contiguous()),
+      y(empty_contiguous(x)) {
+  args = {&plan,     dtype, transpose, in.rows, in.data(), in.stride, blocks.const_data_ptr(), y.mutable_data_ptr(),
+          plan.d};
+}
+
 // compact matters to the backward only.
-Tensor rotate_cpu(const Tensor& x, const Tensor& blocks_any, int64_t b, int64_t m, bool transpose, bool) {
-  const boft_dtype dtype = data_dtype(x, "x"), real = dtype == BOFT_F64 ? BOFT_F64 : BOFT_F32;
-  const boft_plan plan = plan_of(x, b, m);
-  check_rotate(x, blocks_any, plan);
-  const Rows in(x);
-  const Tensor given = blocks_any.contiguous();
-  const Tensor blocks = transpose ? transposed(plan, real, given) : given;
-  Tensor y = empty_contiguous(x);
-  const boft_rotate_args args = {&plan,     dtype, transpose, in.rows, in.data(), in.stride, blocks.const_data_ptr(),
-                                 y.mutable_data_ptr(), plan.d};
-  parallel(in.rows, in.rows * plan.d * work_per_element(plan), boft_rotate_workspace(&plan, dtype),
-           [&](int64_t begin, int64_t end, void* ws) { return boft_rotate(&args, begin, end, ws); });
-  return y;
+Tensor rotate_cpu(const Tensor& x, const Tensor& blocks, int64_t b, int64_t m, bool transpose, bool) {
+  Rotate call(x, blocks, b, m, transpose);
+  const boft_plan& plan = call.plan;
+  const Tensor flipped = transpose ? transposed(plan, call.blocks) : Tensor();
+  if (transpose) call.args.blocks = flipped.const_data_ptr();
+  parallel(call.in.rows, call.in.rows * plan.d * work_per_element(plan), boft_rotate_workspace(&plan, call.dtype),
+           [&](int64_t begin, int64_t end, void* ws) { return boft_rotate(&call.args, begin, end, ws); });
+  return call.y;
 }
 
 namespace {
@@ -112,8 +127,7 @@ Tensor rotate_runs_cpu(const Tensor& x, const Runs& runs, const std::vector<Rota
   size_t workspace = 0;
   int64_t work = 1;
   for (const auto& [blocks, b, m] : rotations) {
-    plans.push_back(plan_of(x, b, m));
-    check_rotate(x, blocks, plans.back());
+    plans.push_back(check_rotate(x, blocks, b, m));
     workspace = std::max(workspace, boft_rotate_workspace(&plans.back(), dtype));
     work = std::max(work, work_per_element(plans.back()));
   }
@@ -164,27 +178,16 @@ Tensor rotate_runs_cpu(const Tensor& x, const Runs& runs, const std::vector<Rota
   return y;
 }
 
-namespace {
-
-std::tuple<Tensor, Tensor> rotate_backward_cpu(const Tensor& dy, const Tensor& x, const Tensor& blocks_any, int64_t b,
-                                               int64_t m, bool transpose, bool need_x, bool need_blocks) {
-  const boft_dtype dtype = data_dtype(dy, "dy"), real = dtype == BOFT_F64 ? BOFT_F64 : BOFT_F32;
-  const boft_plan plan = plan_of(dy, b, m);
-  check_rotate(dy, blocks_any, plan);
-  TORCH_CHECK_VALUE(!need_blocks || x.sizes() == dy.sizes(), "rotate backward: x ", x.sizes(), " and dy ", dy.sizes(),
-                    " differ");
-  TORCH_CHECK_TYPE(!need_blocks || x.scalar_type() == dy.scalar_type(), "rotate backward: x is ", x.scalar_type(),
-                   " and dy ", dy.scalar_type());
-  const Rows grad(dy), in(need_blocks ? x : dy);
-  const bool several = plan.levels > 1;
-  // The other orientation: going back from x R needs it for dx, and from x R^T for the inputs between levels.
-  const bool need_flipped = transpose ? need_blocks && several : need_x || several;
-  const Tensor given = blocks_any.contiguous(), flipped = need_flipped ? transposed(plan, real, given) : given;
-  const int64_t splits = boft_rotate_backward_splits(&plan, grad.rows);
-  Tensor dx = need_x ? empty_contiguous(dy) : at::empty({0}, dy.options());
-  Tensor dblocks = at::empty({need_blocks ? plan.count : 0}, given.options());
-  Tensor parts = need_blocks && splits > 1 ? at::empty({splits, plan.count}, given.options()) : dblocks;
-  boft_rotate_backward_args args = {};
+RotateBackward::RotateBackward(const Tensor& dy, const Tensor& x, const Tensor& blocks_any, int64_t b, int64_t m,
+                               bool transpose, bool need_x, bool need_blocks)
+    : dtype(data_dtype(dy, "dy")),
+      plan(check_rotate_backward(dy, x, blocks_any, b, m, need_blocks)),
+      grad(dy),
+      in(need_blocks ? x : dy),
+      blocks(blocks_any.contiguous()),
+      dx(need_x ? empty_contiguous(dy) : at::empty({0}, dy.options())),
+      dblocks(at::empty({need_blocks ? plan.count : 0}, blocks.options())),
+      args{} {
   args.plan = &plan;
   args.dtype = dtype;
   args.transpose = transpose;
@@ -193,20 +196,38 @@ std::tuple<Tensor, Tensor> rotate_backward_cpu(const Tensor& dy, const Tensor& x
   args.dy_stride = grad.stride;
   args.x = need_blocks ? in.data() : nullptr;
   args.x_stride = in.stride;
-  args.blocks = (transpose ? flipped : given).const_data_ptr();
-  args.blocks_back = (transpose ? given : flipped).const_data_ptr();
+  args.blocks = blocks.const_data_ptr();
   args.dx = need_x ? dx.mutable_data_ptr() : nullptr;
   args.dx_stride = plan.d;
-  args.dblocks = need_blocks ? parts.mutable_data_ptr() : nullptr;
-  parallel(boft_rotate_backward_tasks(&plan, grad.rows), grad.rows * plan.d * work_per_element(plan) * 2,
-           boft_rotate_backward_workspace(&plan, dtype),
-           [&](int64_t begin, int64_t end, void* ws) { return boft_rotate_backward(&args, begin, end, ws); });
-  if (need_blocks && splits > 1) {
+  args.dblocks = need_blocks ? dblocks.mutable_data_ptr() : nullptr;
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor> rotate_backward_cpu(const Tensor& dy, const Tensor& x, const Tensor& blocks, int64_t b,
+                                               int64_t m, bool transpose, bool need_x, bool need_blocks) {
+  RotateBackward call(dy, x, blocks, b, m, transpose, need_x, need_blocks);
+  const boft_plan& plan = call.plan;
+  const int64_t rows = call.grad.rows, splits = boft_rotate_backward_splits(&plan, rows);
+  const bool several = plan.levels > 1;
+  // The other orientation: going back from x R needs it for dx, and from x R^T for the inputs between levels.
+  const bool need_flipped = transpose ? need_blocks && several : need_x || several;
+  const Tensor flipped = need_flipped ? transposed(plan, call.blocks) : call.blocks;
+  call.args.blocks = (transpose ? flipped : call.blocks).const_data_ptr();
+  call.args.blocks_back = (transpose ? call.blocks : flipped).const_data_ptr();
+  const bool sum = need_blocks && splits > 1;
+  const Tensor parts = sum ? at::empty({splits, plan.count}, call.blocks.options()) : call.dblocks;
+  if (sum) call.args.dblocks = parts.mutable_data_ptr();
+  parallel(boft_rotate_backward_tasks(&plan, rows), rows * plan.d * work_per_element(plan) * 2,
+           boft_rotate_backward_workspace(&plan, call.dtype),
+           [&](int64_t begin, int64_t end, void* ws) { return boft_rotate_backward(&call.args, begin, end, ws); });
+  if (sum) {
     parallel(plan.count, plan.count * splits, 0, [&](int64_t begin, int64_t end, void*) {
-      return boft_sum_splits(real, splits, plan.count, parts.const_data_ptr(), dblocks.mutable_data_ptr(), begin, end);
+      return boft_sum_splits(data_dtype(parts, "dblocks"), splits, plan.count, parts.const_data_ptr(),
+                             call.dblocks.mutable_data_ptr(), begin, end);
     });
   }
-  return {dx, dblocks};
+  return {call.dx, call.dblocks};
 }
 
 // The same from packed x. Every piece of at most kUnpackedRows rows is unpacked into a buffer of its thread and gives
@@ -217,12 +238,11 @@ std::tuple<Tensor, Tensor> rotate_backward_packed_cpu(const Tensor& dy, const Te
                                                       int64_t b, int64_t m, bool transpose, bool need_x) {
   constexpr int64_t kPartialElements = 1 << 18, kMostPieces = 32;
   const boft_dtype dtype = data_dtype(dy, "dy"), real = dtype == BOFT_F64 ? BOFT_F64 : BOFT_F32;
-  const boft_plan plan = plan_of(dy, b, m);
-  check_rotate(dy, blocks_any, plan);
+  const boft_plan plan = check_rotate(dy, blocks_any, b, m);
   const Rows grad(dy);
   check_packed(packed, grad.rows, plan.d, kBitsOfX);
   const bool need_flipped = transpose ? plan.levels > 1 : need_x || plan.levels > 1;
-  const Tensor given = blocks_any.contiguous(), flipped = need_flipped ? transposed(plan, real, given) : given;
+  const Tensor given = blocks_any.contiguous(), flipped = need_flipped ? transposed(plan, given) : given;
   Tensor dx = need_x ? empty_contiguous(dy) : at::empty({0}, dy.options());
   const int64_t pieces = (grad.rows + kUnpackedRows - 1) / kUnpackedRows;
   const int64_t together = std::clamp<int64_t>(kPartialElements / plan.count, 2, kMostPieces);

@@ -1,5 +1,5 @@
 // boft::scale: z s + bias (1 - s), and its backward.
-#include "common.h"
+#include "arguments.h"
 #include "ops.h"
 #include "packed.h"
 
@@ -27,32 +27,58 @@ int64_t outputs_of(const Tensor& z) {
   return z.size(-1);
 }
 
-// Sums over rows, one vector per split, added in order and given the shape and dtype of `like`.
-Tensor sum_splits(const Tensor& parts, boft_dtype real, const Tensor& like) {
+int64_t check_scale_backward(const Tensor& dy, const std::optional<Tensor>& z, const std::optional<Tensor>& bias,
+                             bool need_s, bool need_bias) {
+  const int64_t n = outputs_of(dy);
+  TORCH_CHECK_VALUE(!need_s || (z.has_value() && z->sizes() == dy.sizes()), "scale backward: z and dy differ in shape");
+  TORCH_CHECK_TYPE(!need_s || z->scalar_type() == dy.scalar_type(), "scale backward: z and dy differ in dtype");
+  TORCH_CHECK_VALUE(!need_bias || bias.has_value(), "scale backward: the gradient of a bias needs the bias");
+  return n;
+}
+
+// A bias as `real_vector`, undefined without one.
+Tensor optional_vector(const std::optional<Tensor>& bias, int64_t n, at::ScalarType real) {
+  return bias.has_value() ? real_vector(*bias, n, real, "bias") : Tensor();
+}
+
+const void* data_or_null(const Tensor& tensor) {
+  return tensor.defined() ? tensor.const_data_ptr() : nullptr;
+}
+
+// Sums over rows, one vector per split, added in order: the gradient of `parameter`.
+Tensor sum_splits(const Tensor& parts, const Tensor& parameter) {
+  const boft_dtype real = data_dtype(parts, "sums");
   const int64_t splits = parts.size(0), n = parts.size(1);
   Tensor sum = at::empty({n}, parts.options());
   parallel(n, n * splits, 0, [&](int64_t begin, int64_t end, void*) {
     return boft_sum_splits(real, splits, n, parts.const_data_ptr(), sum.mutable_data_ptr(), begin, end);
   });
-  return sum.to(like.scalar_type()).view(like.sizes());
+  return shaped_like(sum, parameter);
 }
 
 }  // namespace
 
+Tensor shaped_like(const Tensor& sum, const Tensor& parameter) {
+  return sum.to(parameter.scalar_type()).view(parameter.sizes());
+}
+
+Scale::Scale(const Tensor& z, const Tensor& s, const std::optional<Tensor>& bias)
+    : dtype(data_dtype(z, "z")),
+      n(outputs_of(z)),
+      factors(real_vector(s, n, real_dtype(z.scalar_type()), "boft_s")),
+      shifts(optional_vector(bias, n, real_dtype(z.scalar_type()))),
+      in(z),
+      out(empty_contiguous(z)) {
+  args = {dtype, in.rows, n, in.data(), in.stride, factors.const_data_ptr(), data_or_null(shifts),
+          out.mutable_data_ptr(), n};
+}
+
 // bias_detached and compact matter to the backward only.
 Tensor scale_cpu(const Tensor& z, const Tensor& s, const std::optional<Tensor>& bias, bool, bool) {
-  const boft_dtype dtype = data_dtype(z, "z");
-  const int64_t n = outputs_of(z);
-  const at::ScalarType real = real_dtype(z.scalar_type());
-  const Tensor factors = real_vector(s, n, real, "boft_s");
-  const Tensor shifts = bias.has_value() ? real_vector(*bias, n, real, "bias") : Tensor();
-  const Rows in(z);
-  Tensor out = empty_contiguous(z);
-  const boft_scale_args args = {dtype,     in.rows, n, in.data(), in.stride, factors.const_data_ptr(),
-                                shifts.defined() ? shifts.const_data_ptr() : nullptr, out.mutable_data_ptr(), n};
-  parallel(in.rows, in.rows * n * 8, 0,
-           [&](int64_t begin, int64_t end, void*) { return boft_scale(&args, begin, end); });
-  return out;
+  const Scale call(z, s, bias);
+  parallel(call.in.rows, z.numel() * 8, 0,
+           [&](int64_t begin, int64_t end, void*) { return boft_scale(&call.args, begin, end); });
+  return call.out;
 }
 
 Tensor scale_runs_cpu(const Tensor& z, const Runs& runs, const std::vector<Tensor>& scales,
@@ -63,39 +89,33 @@ Tensor scale_runs_cpu(const Tensor& z, const Runs& runs, const std::vector<Tenso
   runs.check(z, static_cast<int64_t>(scales.size()));
   std::vector<Tensor> factors;
   for (const Tensor& s : scales) factors.push_back(real_vector(s, n, real, "boft_s"));
-  const Tensor shifts = bias.has_value() ? real_vector(*bias, n, real, "bias") : Tensor();
+  const Tensor shifts = optional_vector(bias, n, real);
   const Rows in(z);
   Tensor out = empty_contiguous(z);
   parallel(in.rows, in.rows * n * 8, 0, [&](int64_t begin, int64_t end, void*) {
     return runs.visit(in.rows, begin, end, [&](int64_t adapter, int64_t, int64_t, int64_t first, int64_t stop) {
       if (adapter < 0) return copy_rows(in, out, first, stop), BOFT_OK;
       const boft_scale_args args = {dtype, in.rows, n, in.data(), in.stride, factors[adapter].const_data_ptr(),
-                                    shifts.defined() ? shifts.const_data_ptr() : nullptr, out.mutable_data_ptr(), n};
+                                    data_or_null(shifts), out.mutable_data_ptr(), n};
       return boft_scale(&args, first, stop);
     });
   });
   return out;
 }
 
-namespace {
-
-std::tuple<Tensor, Tensor, Tensor> scale_backward_cpu(const Tensor& dy, const std::optional<Tensor>& z, const Tensor& s,
-                                                      const std::optional<Tensor>& bias, bool bias_detached,
-                                                      bool need_z, bool need_s, bool need_bias) {
-  const boft_dtype dtype = data_dtype(dy, "dy"), real = dtype == BOFT_F64 ? BOFT_F64 : BOFT_F32;
-  const int64_t n = outputs_of(dy);
-  TORCH_CHECK_VALUE(!need_s || (z.has_value() && z->sizes() == dy.sizes()), "scale backward: z and dy differ in shape");
-  TORCH_CHECK_TYPE(!need_s || z->scalar_type() == dy.scalar_type(), "scale backward: z and dy differ in dtype");
-  TORCH_CHECK_VALUE(!need_bias || bias.has_value(), "scale backward: the gradient of a bias needs the bias");
-  const at::ScalarType real_type = real_dtype(dy.scalar_type());
-  const Tensor factors = real_vector(s, n, real_type, "boft_s");
-  const Tensor shifts = bias.has_value() ? real_vector(*bias, n, real_type, "bias") : Tensor();
-  const Rows grad(dy), in(need_s ? *z : dy);
-  const int64_t splits = boft_scale_backward_splits(grad.rows);
-  const auto parts = [&](bool needed) { return at::empty({needed ? splits : 0, n}, factors.options()); };
-  Tensor dz = need_z ? empty_contiguous(dy) : at::empty({0}, dy.options());
-  Tensor ds = parts(need_s), dbias = parts(need_bias);
-  boft_scale_backward_args args = {};
+ScaleBackward::ScaleBackward(const Tensor& dy, const std::optional<Tensor>& z, const Tensor& s,
+                             const std::optional<Tensor>& bias, bool bias_detached, bool need_z, bool need_s,
+                             bool need_bias, int64_t (*splits)(int64_t rows))
+    : dtype(data_dtype(dy, "dy")),
+      n(check_scale_backward(dy, z, bias, need_s, need_bias)),
+      factors(real_vector(s, n, real_dtype(dy.scalar_type()), "boft_s")),
+      shifts(optional_vector(bias, n, real_dtype(dy.scalar_type()))),
+      grad(dy),
+      in(need_s ? *z : dy),
+      dz(need_z ? empty_contiguous(dy) : at::empty({0}, dy.options())),
+      ds(at::empty({need_s ? splits(grad.rows) : 0, n}, factors.options())),
+      dbias(at::empty({need_bias ? splits(grad.rows) : 0, n}, factors.options())),
+      args{} {
   args.dtype = dtype;
   args.rows = grad.rows;
   args.n = n;
@@ -104,27 +124,35 @@ std::tuple<Tensor, Tensor, Tensor> scale_backward_cpu(const Tensor& dy, const st
   args.z = need_s ? in.data() : nullptr;
   args.z_stride = in.stride;
   args.s = factors.const_data_ptr();
-  args.bias = shifts.defined() ? shifts.const_data_ptr() : nullptr;
+  args.bias = data_or_null(shifts);
   args.dz = need_z ? dz.mutable_data_ptr() : nullptr;
   args.dz_stride = n;
   args.ds = need_s ? ds.mutable_data_ptr() : nullptr;
   args.dbias = need_bias ? dbias.mutable_data_ptr() : nullptr;
   args.bias_detached = bias_detached;
-  parallel(splits, grad.rows * n * 8, 0,
-           [&](int64_t begin, int64_t end, void*) { return boft_scale_backward(&args, begin, end); });
-  return {dz, need_s ? sum_splits(ds, real, s) : ds, need_bias ? sum_splits(dbias, real, *bias) : dbias};
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> scale_backward_cpu(const Tensor& dy, const std::optional<Tensor>& z, const Tensor& s,
+                                                      const std::optional<Tensor>& bias, bool bias_detached,
+                                                      bool need_z, bool need_s, bool need_bias) {
+  const ScaleBackward call(dy, z, s, bias, bias_detached, need_z, need_s, need_bias, boft_scale_backward_splits);
+  parallel(boft_scale_backward_splits(call.grad.rows), dy.numel() * 8, 0,
+           [&](int64_t begin, int64_t end, void*) { return boft_scale_backward(&call.args, begin, end); });
+  return {call.dz, need_s ? sum_splits(call.ds, s) : call.ds, need_bias ? sum_splits(call.dbias, *bias) : call.dbias};
 }
 
 // The same from packed z, unpacked kUnpackedRows rows at a time into a buffer of the thread; each piece is a split.
 std::tuple<Tensor, Tensor, Tensor> scale_backward_packed_cpu(const Tensor& dy, const Tensor& packed, const Tensor& s,
                                                              const std::optional<Tensor>& bias, bool bias_detached,
                                                              bool need_z, bool need_bias) {
-  const boft_dtype dtype = data_dtype(dy, "dy"), real = dtype == BOFT_F64 ? BOFT_F64 : BOFT_F32;
+  const boft_dtype dtype = data_dtype(dy, "dy");
   const int64_t n = outputs_of(dy);
   TORCH_CHECK_VALUE(!need_bias || bias.has_value(), "scale backward: the gradient of a bias needs the bias");
   const at::ScalarType real_type = real_dtype(dy.scalar_type());
   const Tensor factors = real_vector(s, n, real_type, "boft_s");
-  const Tensor shifts = bias.has_value() ? real_vector(*bias, n, real_type, "bias") : Tensor();
+  const Tensor shifts = optional_vector(bias, n, real_type);
   const Rows grad(dy);
   check_packed(packed, grad.rows, n, kBitsOfZ);
   const int64_t pieces = std::max<int64_t>(1, (grad.rows + kUnpackedRows - 1) / kUnpackedRows);
@@ -149,7 +177,7 @@ std::tuple<Tensor, Tensor, Tensor> scale_backward_packed_cpu(const Tensor& dy, c
                args.z = z;
                args.z_stride = n;
                args.s = factors.const_data_ptr();
-               args.bias = shifts.defined() ? shifts.const_data_ptr() : nullptr;
+               args.bias = data_or_null(shifts);
                args.dz = need_z ? dz_at + first * n * size : nullptr;
                args.dz_stride = n;
                args.ds = ds_at + piece * size_of_sums;
@@ -159,7 +187,7 @@ std::tuple<Tensor, Tensor, Tensor> scale_backward_packed_cpu(const Tensor& dy, c
              }
              return BOFT_OK;
            });
-  return {dz, sum_splits(ds, real, s), need_bias ? sum_splits(dbias, real, *bias) : dbias};
+  return {dz, sum_splits(ds, s), need_bias ? sum_splits(dbias, *bias) : dbias};
 }
 
 Tensor call_scale(const Tensor& z, const Tensor& s, const std::optional<Tensor>& bias, bool bias_detached,
