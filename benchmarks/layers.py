@@ -115,27 +115,30 @@ class Effort(NamedTuple):
     min_rounds: int
 
 
-def run(table_dir: Path, quick: bool, only: str | None) -> None:
-    """Measure all layers, or those whose name holds `only`, and write ``layers.csv`` into `table_dir`;
-    nothing is written if there are none."""
+CPU = torch.device("cpu")
+
+
+def run(table_dir: Path, quick: bool, only: str | None, device: torch.device = CPU) -> None:
+    """Measure all layers, or those whose name holds `only`, and write ``layers.csv``, or ``layers-cuda.csv``, into
+    `table_dir`; nothing is written if there are none."""
     cases = [case for case in (QUICK_CASES if quick else CASES) if only is None or only in case.name]
     if not cases:
         return
-    table = Table(table_dir / "layers.csv", COLUMNS)
+    table = Table(table_dir / "layers.csv", COLUMNS, device)
     effort = Effort(0.6, 5) if quick else Effort(1.0, 7)
     with tqdm([(case, dtype) for case in cases for dtype in DTYPES], desc="layers", unit="case") as progress:
         for case, dtype in progress:
             progress.set_postfix_str(f"{case.name} {dtype}")
             try:
-                measure_case(case, dtype, effort, table)
+                measure_case(case, dtype, effort, table, device)
             finally:
                 plain_peft()
 
 
-def measure_case(case: Case, dtype: str, effort: Effort, table: Table) -> None:
+def measure_case(case: Case, dtype: str, effort: Effort, table: Table, device: torch.device = CPU) -> None:
     """Write all rows of one layer in one dtype."""
     torch.manual_seed(0)
-    plain = case.layer().to(DTYPES[dtype])
+    plain = case.layer().to(device, DTYPES[dtype])
     channels = plain.weight[0].numel()
     is_conv = isinstance(plain, nn.Conv2d)
     if channels >= LARGE_CHANNELS:
@@ -164,6 +167,7 @@ class _Series:
     ) -> None:
         self.case, self.plain, self.providers = case, plain, providers
         self.decode_calls, self.effort, self.table = decode_calls, effort, table
+        self.device = plain.weight.device
         self.adapted = {
             name: adapted(provider, nn.Sequential(copy.deepcopy(plain)), ["0"], case.b, case.m)
             for name, provider in providers.items()
@@ -193,7 +197,7 @@ class _Series:
     def _times(
         self, steps: Mapping[str, Callable[[], object]], before: Mapping[str, Callable[[], object]] | None = None
     ) -> dict[str, Times]:
-        return times_in_turns(self.providers, steps, *self.effort, before)
+        return times_in_turns(self.providers, steps, *self.effort, before, self.device)
 
     def _write(
         self,
@@ -224,7 +228,7 @@ class _Series:
 
     def _training(self, shape: tuple[int, ...]) -> None:
         dtype = self.plain.weight.dtype
-        x = torch.randn(shape, dtype=dtype, requires_grad=True)
+        x = torch.randn(shape, dtype=dtype, device=self.device, requires_grad=True)
         dy = torch.randn_like(self.plain(x))
         tokens = x.shape[0] if x.dim() == 2 else dy[:, 0].numel()
         for layer in self.layers.values():
@@ -248,7 +252,7 @@ class _Series:
         return peak_bytes(step, alive)
 
     def _decode(self) -> None:
-        x = torch.randn(1, self.plain.in_features, dtype=self.plain.weight.dtype)
+        x = torch.randn(1, self.plain.in_features, dtype=self.plain.weight.dtype, device=self.device)
         for layer in self.layers.values():
             layer.eval()
         calls = self.decode_calls
@@ -283,7 +287,7 @@ class _Series:
                 providers[key] = self.providers[name]
                 steps[key] = getattr(self.layers[name], measure)
                 before[key] = functools.partial(_bring, self.layers[name], measure == "unmerge")
-        times = times_in_turns(providers, steps, *self.effort, before)
+        times = times_in_turns(providers, steps, *self.effort, before, self.device)
         for measure in measures:
             self._write(measure, {name: times[f"{measure} {name}"] for name in names})
 

@@ -7,7 +7,9 @@ import statistics
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from examples.step_cost import samples_in_turns
+import torch
+
+from examples.step_cost import gpu_seconds, samples_in_turns, seconds
 
 Step = Callable[[], object]
 
@@ -28,8 +30,17 @@ def times_of(samples: list[float]) -> Times:
     return Times(statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)], len(ordered))
 
 
+def clock_of(device: torch.device) -> Callable[[Step], float]:
+    """What times a call whose work is done on `device`."""
+    return gpu_seconds if device.type == "cuda" else seconds
+
+
 def in_turns(
-    steps: Mapping[str, Step], budget_s: float, min_rounds: int = 7, before: Mapping[str, Step] | None = None
+    steps: Mapping[str, Step],
+    budget_s: float,
+    min_rounds: int = 7,
+    before: Mapping[str, Step] | None = None,
+    device: torch.device = torch.device("cpu"),
 ) -> dict[str, Times]:
     """`Times` of each step, which run in turns for `budget_s` seconds and at least `min_rounds` rounds.
 
@@ -39,7 +50,7 @@ def in_turns(
     gc.collect()
     gc.disable()
     try:
-        samples = samples_in_turns(steps, min_rounds, budget_s, before)
+        samples = samples_in_turns(steps, min_rounds, budget_s, before, clock_of(device))
     finally:
         if collects:
             gc.enable()

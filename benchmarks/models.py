@@ -92,9 +92,12 @@ def fast_variants(shape: ModelShape, targets: str, quick: bool) -> dict[str, Var
     return variants
 
 
-def run(table_dir: Path, quick: bool, only: str | None) -> None:
-    """Measure all models, or the cases whose name holds `only`, and write ``models.csv`` into `table_dir`;
-    nothing is written if there are none.
+CPU = torch.device("cpu")
+
+
+def run(table_dir: Path, quick: bool, only: str | None, device: torch.device = CPU) -> None:
+    """Measure all models, or the cases whose name holds `only`, and write ``models.csv``, or ``models-cuda.csv``, into
+    `table_dir`; nothing is written if there are none.
 
     A quick run has all linears of the Llama shape, few rounds, and no dense providers.
     """
@@ -107,11 +110,11 @@ def run(table_dir: Path, quick: bool, only: str | None) -> None:
     ]
     if not cases:
         return
-    table = Table(table_dir / "models.csv", COLUMNS)
+    table = Table(table_dir / "models.csv", COLUMNS, device)
     with tqdm(cases, desc="models", unit="case") as progress:
         for shape, targets, dtype in progress:
             progress.set_postfix_str(f"{case_name(shape, targets)} {dtype}")
-            measure_case(shape, targets, dtype, quick, table)
+            measure_case(shape, targets, dtype, quick, table, device)
 
 
 def case_name(shape: ModelShape, targets: str) -> str:
@@ -119,10 +122,12 @@ def case_name(shape: ModelShape, targets: str) -> str:
     return f"{shape.name} {targets}"
 
 
-def measure_case(shape: ModelShape, targets: str, dtype: str, quick: bool, table: Table) -> None:
+def measure_case(
+    shape: ModelShape, targets: str, dtype: str, quick: bool, table: Table, device: torch.device = CPU
+) -> None:
     """Write all rows of one model with one set of targets in one dtype."""
     torch.manual_seed(0)
-    plain = shape.build().to(DTYPES[dtype])
+    plain = shape.build().to(device, DTYPES[dtype])
     try:
         series = _Series(shape, targets, dtype, plain, fast_variants(shape, targets, quick), table)
         series.measure(QUICK if quick else FULL)
@@ -152,6 +157,7 @@ class _Series:
     ) -> None:
         self.shape, self.targets, self.plain, self.variants = shape, shape.targets[targets], plain, variants
         self.table, self.silent = table, silent
+        self.device = next(plain.parameters()).device
         self.providers = {name: variant.provider for name, variant in variants.items()}
         self.models = {
             name: adapted(variant.provider, copy.deepcopy(plain), self.targets, variant.b, variant.m).model
@@ -205,14 +211,14 @@ class _Series:
     def _step(self, rounds: int) -> None:
         dtype = next(self.plain.parameters()).dtype
         inputs = {
-            name: value.to(dtype).requires_grad_() if value.is_floating_point() else value
+            name: value.to(self.device, dtype).requires_grad_() if value.is_floating_point() else value.to(self.device)
             for name, value in self.shape.inputs().items()
         }
         steps = {}
         for name, model in self.models.items():
             model.train()
             steps[name] = functools.partial(_train, model, inputs, self.shape.loss)
-        times = times_in_turns(self.providers, steps, 0.0, rounds)
+        times = times_in_turns(self.providers, steps, 0.0, rounds, device=self.device)
         peaks = {name: self._peak(name, step, inputs) for name, step in steps.items()}
         self._write("step", times, self.shape.tokens, peaks)
 
@@ -223,12 +229,14 @@ class _Series:
         return peak_bytes(step, alive)
 
     def _decode(self, effort: Effort) -> None:
-        inputs = self.shape.decode()
+        decoded = self.shape.decode()
+        inputs = {name: value.to(self.device) if torch.is_tensor(value) else value for name, value in decoded.items()}
         steps = {}
         for name, model in self.models.items():
             model.eval()
             steps[name] = functools.partial(_infer, model, inputs)
-        self._write("decode", times_in_turns(self.providers, steps, effort.decode_s, effort.rounds), 1)
+        times = times_in_turns(self.providers, steps, effort.decode_s, effort.rounds, device=self.device)
+        self._write("decode", times, 1)
 
     def _fresh(self) -> tuple[dict[str, nn.Module], dict[str, Callable[[], None]]]:
         """Plain models to adapt, and what makes a new one for each adapter; they share the weights of `plain`."""
@@ -248,7 +256,7 @@ class _Series:
             variant.provider.adapt(models[name], self.targets, variant.b, variant.m)
 
         steps = {name: functools.partial(adapt, name) for name in self.adapters}
-        self._write("init", times_in_turns(self.providers, steps, effort.setup_s, DENSE_ROUNDS, make))
+        self._write("init", times_in_turns(self.providers, steps, effort.setup_s, DENSE_ROUNDS, make, self.device))
 
     def _load(self, effort: Effort) -> None:
         models, make = self._fresh()
@@ -261,7 +269,7 @@ class _Series:
                 self.providers[name].prepare()
                 self.models[name].save_pretrained(Path(folder) / name, save_embedding_layers=False)
             steps = {name: functools.partial(load, name) for name in self.adapters}
-            self._write("load", times_in_turns(self.providers, steps, effort.setup_s, DENSE_ROUNDS, make))
+            self._write("load", times_in_turns(self.providers, steps, effort.setup_s, DENSE_ROUNDS, make, self.device))
 
 
 def _train(model: nn.Module, inputs: Mapping[str, Tensor], loss: Callable[[Any], Tensor]) -> None:

@@ -6,12 +6,14 @@ does. `floor_ms` is the larger of two floors, and `floor_ratio` the median over 
 * bytes: the time of the provider's copy (`clone` or `copy`, in turns with it), scaled from the two touches of every
   element that a copy makes. Rotate and scale touch twice, their backward three times (x, dy and dx); `blocks` moves
   the parameters and the blocks of all levels, backward those and the gradient of the parameters.
-* flops at `fma_peak_gflops`, the float32 peak of the threads at work (`benchmarks.fma_peak`): 2 G for an element of
+* flops at `fma_peak_gflops`, the float32 peak of the threads at work (`benchmarks.fma_peak`) or what a large matrix
+  product in the cell's dtype reaches on a CUDA device (`benchmarks.matmul_peak`): 2 G for an element of
   rotate in each level, where G = b 2^(factors-1) channels form a group; 2 and 3 for scale and its backward; 2 b^3 for a
   block's Cayley, in float64 at half the peak, and 2 d G b (factors - 1) for a level's collapse, which counts its
   products as dense. Backward twice that, without float64.
 
-`workers` are the threads at work in rows of `boft_ext-c` and `copy`; all other rows may use all `threads`. Left out:
+`workers` are the threads at work in rows of `boft_ext-c` and `copy`; all other rows may use all `threads`. A CUDA
+device has cells of its own, fewer and larger, and the table ``ops-cuda.csv``. Left out:
 cells with a tensor above LARGEST bytes, steps whose one call takes more than `op_cells.SLOW_S`, and rotations of shapes
 that do not exist. The other kernels that the processor can run, and a single thread, have the cells of SAMPLE alone.
 """
@@ -30,7 +32,9 @@ from tqdm import tqdm
 import boft_ext
 from benchmarks.fma_peak import fma_peak
 from benchmarks.measure import in_turns, timing_columns
-from benchmarks.op_cells import KINDS, REFERENCE, Cell, Entry, entries
+from benchmarks.matmul_peak import matmul_peak
+from benchmarks.op_cells import DTYPES as TORCH_DTYPES
+from benchmarks.op_cells import KINDS, REFERENCE, Cell, Entry, Place, entries
 from benchmarks.table import Table
 from benchmarks.workers import Workers
 from boft_ext.ops import cpu_variant
@@ -91,6 +95,22 @@ def _quick() -> list[Cell]:
     return cells + [Cell("merge", d, d, 8, 2) for d in (768, 4096)]
 
 
+GPU_SHAPES = ((2, 8), (4, 4), (1, 4), (3, 8), (4, 8), (2, 64), (8, 4))
+GPU_SIZES = ((1024, 2048), (4096, 2048), (4096, 4096), (4096, 8192), (8192, 2048), (3072, 840), (8192, 840), (4096, 1))
+
+
+def _on_gpu(quick: bool) -> list[Cell]:
+    """Sizes from one row to 128 MiB, and those of a step of Llama-3.2-3B; groups of 4 to 512 channels."""
+    shapes = GPU_SHAPES[:2] if quick else GPU_SHAPES
+    sizes = GPU_SIZES[:3] if quick else GPU_SIZES
+    cells = [Cell("rotate", d, tokens, b, m, dtype) for d, tokens in sizes for m, b in shapes for dtype in DTYPES]
+    odd = ((320, 20, 2), (1280, 40, 2), (1280, 160, 1), (96, 2, 4))
+    cells += [Cell("rotate", d, 2048, b, m, "bf16") for d, b, m in odd]
+    cells += [Cell("scale", d, tokens, dtype=dtype) for d, tokens in sizes for dtype in DTYPES]
+    cells += [Cell("blocks", d, None, b, m) for d in (1024, 4096, 8192) for m, b in shapes]
+    return cells + [Cell("merge", d, d, 8, 2, dtype) for d in (1024, 4096) for dtype in DTYPES]
+
+
 SAMPLE = [
     *(Cell("rotate", 768, 512, 8, 2, dtype) for dtype in DTYPES),
     Cell("rotate", 1024, 512, 32, 6),
@@ -126,63 +146,78 @@ def settings(quick: bool) -> list[Setting]:
     return chosen
 
 
-def run(table_dir: Path, quick: bool, only: str | None) -> None:
+CPU = torch.device("cpu")
+
+
+def run(table_dir: Path, quick: bool, only: str | None, device: torch.device = CPU) -> None:
     """Measure all operators, or the cases whose name holds `only` (as in "rotate backward d768 t512 b8 m2 f32").
 
-    Writes ``ops.csv`` into `table_dir`, unless no case has such a name: then one line on stderr says so.
+    Writes ``ops.csv`` or ``ops-cuda.csv`` into `table_dir`, unless no case has such a name: then one line on stderr
+    says so.
     """
 
     def wanted(cell: Cell) -> list[str]:
         cases = KINDS[cell.kind].cases if cell.tensor_bytes() <= LARGEST else ()
         return [case for case in cases if only is None or only in cell.name(case)]
 
-    chosen = settings(quick)
+    chosen = settings(quick) if device.type == "cpu" else [Setting("", torch.get_num_threads(), _on_gpu(quick))]
     jobs = [(setting, cell) for setting in chosen for cell in setting.cells if wanted(cell)]
     if not jobs:
         print(f"ops: no case has {only!r} in its name", file=sys.stderr)
         return
-    table = Table(table_dir / "ops.csv", COLUMNS)
+    table = Table(table_dir / "ops.csv", COLUMNS, device)
     budget_s = 0.25 if quick else 0.5
     with tqdm(total=len(jobs), desc="ops", unit="case") as progress:
         for setting in chosen:
-            with _in_force(setting) as pools, torch.no_grad():
-                peaks = {pool.count: fma_peak(pool) for pool in pools}
+            with _in_force(setting, device) as place, torch.no_grad():
+                peaks = _peaks(place)
                 for cell in [cell for job, cell in jobs if job is setting]:
                     progress.set_postfix_str(f"{setting.variant} {cell.name(cell.kind)}")
-                    _measure(cell, wanted(cell), pools, peaks, budget_s, table)
+                    _measure(cell, wanted(cell), place, peaks, budget_s, table)
                     progress.update()
 
 
 @contextmanager
-def _in_force(setting: Setting) -> Iterator[list[Workers]]:
-    """The setting's kernels and threads; gives one worker and, if there are more threads, as many workers as those."""
+def _in_force(setting: Setting, device: torch.device) -> Iterator[Place]:
+    """The setting's kernels and threads; on the CPU one worker and, if there are more threads, as many as those."""
+    if device.type == "cuda":
+        yield Place(device)
+        return
     threads = torch.get_num_threads()
     torch.set_num_threads(setting.threads)
     pools = [Workers(count) for count in sorted({1, setting.threads})]
     try:
         with cpu_variant(setting.variant):
-            yield pools
+            yield Place(device, pools)
     finally:
         for pool in pools:
             pool.close()
         torch.set_num_threads(threads)
 
 
+def _peaks(place: Place) -> dict[object, float]:
+    """Flops a second: on the CPU by the number of workers, on a CUDA device by the dtype of a cell."""
+    if place.pools:
+        return {pool.count: fma_peak(pool) for pool in place.pools}
+    return {name: matmul_peak(dtype, place.device) for name, dtype in TORCH_DTYPES.items()}
+
+
 def _measure(
-    cell: Cell, cases: Sequence[str], pools: Sequence[Workers], peaks: dict[int, float], budget_s: float, table: Table
+    cell: Cell, cases: Sequence[str], place: Place, peaks: dict[object, float], budget_s: float, table: Table
 ) -> None:
     """Measure the named cases of a cell with their copies and write a row for each of them and for each copy."""
-    steps, workers = entries(cell, pools)
+    steps, workers = entries(cell, place)
     providers = {provider for case, provider in steps if case in cases}
     needed = [*cases, *(REFERENCE[provider] for provider in providers)]
     steps = {key: entry for key, entry in steps.items() if key[0] in needed and entry.sample.calibrate()}
-    times = in_turns({key: entry.sample for key, entry in steps.items()}, budget_s, MIN_ROUNDS)
+    samples = {key: entry.sample for key, entry in steps.items()}
+    times = in_turns(samples, budget_s, MIN_ROUNDS, device=place.device)
     seconds = {key: times[key].median / entry.sample.calls for key, entry in steps.items()}
     levels = boft_ext._C.levels(cell.d, cell.b, cell.m) if cell.b else []
     for (case, provider), entry in steps.items():
         copy = REFERENCE.get(provider, provider)
         in_workers = copy == "copy"
-        peak = peaks[workers.count if in_workers else pools[-1].count]
+        peak = peaks[(workers if in_workers else place.pools[-1]).count if place.pools else cell.dtype]
         table.add(
             level="op",
             case=case,

@@ -29,7 +29,12 @@ PROVIDERS = (
 DTYPES = ("f32", "bf16")
 COLOURS = {"f32": "tab:blue", "bf16": "tab:orange"}
 CASES = ("rotate", "rotate backward", "scale", "scale backward", "blocks", "blocks backward", "merge")
-REFERENCES = {"boft_ext-c": "copy", "boft_ext": "clone"}
+REFERENCES = {"boft_ext-c": "copy", "boft_ext-graph": "clone-graph", "boft_ext": "clone"}
+TITLES = {
+    "boft_ext-c": "C entry points on warm buffers",
+    "boft_ext-graph": "operators, replayed from a CUDA graph",
+    "boft_ext": "operators that allocate their results",
+}
 # Below this many rows a call is most of an operator's time.
 ROOFLINE_TOKENS = 512
 
@@ -45,11 +50,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="folder of the CSV files")
     folder = parser.parse_args(arguments).results
     drawn = 0
-    for level, draw, columns in (
-        ("ops", roofline, OP_COLUMNS),
-        ("layers", all_bars, BAR_COLUMNS),
-        ("models", all_bars, BAR_COLUMNS),
-    ):
+    tables = [("ops", roofline, OP_COLUMNS), ("layers", all_bars, BAR_COLUMNS), ("models", all_bars, BAR_COLUMNS)]
+    on_gpu = [(f"{level}-cuda", *rest) for level, *rest in (*tables, ("metamath", all_bars, BAR_COLUMNS))]
+    # Tables of a CUDA device are there only where somebody had one.
+    for level, draw, columns in tables + [entry for entry in on_gpu if (folder / f"{entry[0]}.csv").exists()]:
         try:
             draw(folder, level, read(folder / f"{level}.csv", columns))
             drawn += 1
@@ -144,14 +148,17 @@ def roofline(folder: Path, level: str, rows: Sequence[Row]) -> None:
     """A figure with a panel for each provider of the op level, from the rows of its first kernels and all threads."""
     threads = max(int(row["threads"]) for row in rows)
     rows = [row for row in rows if row["isa"] == rows[0]["isa"] and int(row["threads"]) == threads]
-    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5.5), sharex=True, sharey=True, layout="constrained")
-    titles = ("C entry points on warm buffers", "operators that allocate their results")
-    for axis, title, (provider, reference) in zip(axes, titles, REFERENCES.items()):
+    shown = {name: reference for name, reference in REFERENCES.items() if any(row["provider"] == name for row in rows)}
+    figure, axes = pyplot.subplots(
+        1, len(shown), figsize=(6.5 * len(shown), 5.5), sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    axes = axes[0]
+    for axis, (provider, reference) in zip(axes, shown.items()):
         copies = [row for row in rows if row["provider"] == reference and row["tokens"] and _is_large(row)]
         points = [row for row in rows if row["provider"] == provider and _is_large(row)]
         if points:
             _roofline_panel(axis, points, copies)
-        axis.set_title(title, fontsize=10)
+        axis.set_title(TITLES[provider], fontsize=10)
         axis.set_xlabel("flops for each byte that must move")
         axis.grid(which="both", alpha=0.2)
     axes[0].set_ylabel("GF/s")
@@ -196,6 +203,8 @@ def _conditions(rows: Sequence[Row]) -> str:
     """The machine and versions of the first row."""
     row = rows[0]
     versions = f"torch {row['torch']}, PEFT {row['peft']}, boft_ext {row['boft_ext']} {row['commit']}".strip()
+    if row.get("device", "cpu") != "cpu":
+        return f"{row['device']}, CUDA {row['cuda']}, {versions}, {row['date']}"
     return f"{row['cpu']}, {row['isa']}, {row['threads']} threads, {versions}, {row['date']}"
 
 

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 from peft import BOFTConfig, LoraConfig, OFTConfig, PeftModel, get_peft_model
+from peft.tuners.boft import layer as peft_layer
 from torch import Tensor, nn
 
 import boft_ext
@@ -58,6 +59,11 @@ _mathematics = contextlib.ExitStack()
 
 def _any_peft() -> None:
     """For what does not touch PEFT's BOFT classes."""
+
+
+def try_peft_kernel_once() -> None:
+    """PEFT's own kernel, which it tries to compile for every layer anew, is tried once in this process."""
+    peft_layer.get_fbd_cuda = functools.cache(peft_layer.get_fbd_cuda)
 
 
 def plain_peft() -> None:
@@ -139,7 +145,8 @@ def adapted(provider: Provider, model: nn.Module, targets: Sequence[str], b: int
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in trainable(model):
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+            noise = 0.05 * torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+            parameter += noise.to(parameter.device)
     return Adapted(provider, model, b, m)
 
 
@@ -166,6 +173,7 @@ def times_in_turns(
     budget_s: float,
     min_rounds: int,
     before: Mapping[str, Callable[[], object]] | None = None,
+    device: torch.device = torch.device("cpu"),
 ) -> dict[str, Times]:
     """`measure.in_turns`, with each provider's `prepare`, then its `before`, run untimed before its step."""
 
@@ -175,4 +183,4 @@ def times_in_turns(
             before[name]()
 
     hooks = {name: functools.partial(ready, name) for name in steps}
-    return in_turns(steps, budget_s, min_rounds, hooks)
+    return in_turns(steps, budget_s, min_rounds, hooks, device)

@@ -13,7 +13,7 @@ import torch
 
 import boft_ext
 
-MACHINE_COLUMNS = ("date", "cpu", "isa", "threads", "torch", "peft", "boft_ext", "commit")
+MACHINE_COLUMNS = ("date", "device", "cuda", "cpu", "isa", "threads", "torch", "peft", "boft_ext", "commit")
 
 
 def cpu_name() -> str:
@@ -24,6 +24,11 @@ def cpu_name() -> str:
         lines = []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.processor() or platform.machine()
+
+
+def device_name(device: torch.device) -> str:
+    """The name of a CUDA device, "cpu" for the processor."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def commit() -> str:
@@ -42,15 +47,19 @@ def commit() -> str:
 class Table:
     """A CSV file, started anew, that holds every row as soon as it is added.
 
-    Args: path: of the file; its folder is made. columns: those of the measurement; MACHINE_COLUMNS come after them.
+    Args: path: of the file; its folder is made, and for a CUDA device "-cuda" comes after its stem. columns: those of
+        the measurement; MACHINE_COLUMNS come after them. device: that the rows were measured on.
     """
 
-    def __init__(self, path: Path, columns: Sequence[str]):
+    def __init__(self, path: Path, columns: Sequence[str], device: torch.device = torch.device("cpu")):
+        path = path.with_stem(f"{path.stem}-cuda") if device.type == "cuda" else path
         self.path = path
         self._columns = (*columns, *MACHINE_COLUMNS)
         built = boft_ext.build_info()
         self._machine = {
             "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+            "device": device_name(device),
+            "cuda": torch.version.cuda,
             "cpu": cpu_name(),
             **{name: built[name] for name in ("torch", "peft", "boft_ext")},
             "commit": commit(),

@@ -11,6 +11,25 @@ from boft_ext import _C, ops
 
 FORMS = [*_C.cpu_variants(), "composite"]
 
+# What tests/gpu runs on, which is only collected where there is a GPU. BOFT_TEST_DEVICE=cpu tries the tests themselves.
+DEVICE = os.environ.get("BOFT_TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else "")
+collect_ignore = [] if DEVICE else ["gpu"]
+
+
+@pytest.fixture
+def device():
+    """The device that tests/gpu is to check."""
+    assert DEVICE, "there is no GPU: BOFT_TEST_DEVICE=cpu runs these tests on the CPU"
+    return torch.device(DEVICE)
+
+
+@pytest.fixture
+def cuda(device):
+    """The same, for what only CUDA devices have."""
+    if device.type != "cuda":
+        pytest.skip("needs a CUDA device")
+    return device
+
 
 @pytest.fixture(autouse=True)
 def seed(request):

@@ -17,7 +17,7 @@ from peft.tuners.boft import layer as peft_layer  # noqa: E402
 from tolerance import assert_exact  # noqa: E402
 
 import boft_ext  # noqa: E402
-from benchmarks import layers, models, pr3540, providers  # noqa: E402
+from benchmarks import layers, metamath, models, pr3540, providers  # noqa: E402
 from benchmarks.model_shapes import ModelShape  # noqa: E402
 from benchmarks.table import Table  # noqa: E402
 
@@ -178,3 +178,51 @@ def test_a_layer_gives_rows_of_all_providers_and_measures(case, tmp_path, monkey
     assert all(float(row["peak_mib"]) > 0 for row in table if row["measure"] == "forward+backward")
     assert all(row["overhead_us"] for row in table if row["measure"] == "decode")
     assert not boft_ext.peft_is_patched()
+
+
+CPU = torch.device("cpu")
+
+
+def test_metamath_has_the_lengths_of_pefts_benchmark():
+    made = metamath.batches(metamath.LLAMA_3B, CPU)
+    lengths = torch.cat([batch["attention_mask"].sum(1) for batch in made])
+    assert len(made) == metamath.BUCKET_BATCHES and len(lengths) == 80
+    assert 800 < 4 * lengths.double().mean() < 880
+    assert lengths.min() >= 60 and lengths.max() <= 768
+    assert sorted(lengths.tolist(), reverse=True) == lengths.tolist()
+    for batch in made:
+        counted = (batch["labels"] != -100).sum(1)
+        padded = batch["input_ids"].shape[1]
+        assert torch.equal(counted, (batch["attention_mask"].sum(1) + 1).clamp(max=padded))
+
+
+def test_metamath_measures_what_only_names_beside_the_base(tmp_path, monkeypatch):
+    monkeypatch.setattr(metamath, "STEPS", 2)
+    metamath.run(tmp_path, True, "all boft_ext-m2b8", CPU)
+    with (tmp_path / "metamath.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["targets"], row["provider"], row["measure"]) for row in rows] == [
+        (targets, provider, measure)
+        for targets, provider in (("qv", "base"), ("all", "base"), ("all", "boft_ext-m2b8"))
+        for measure in ("step", "decode")
+    ]
+    assert all(float(row["median_ms"]) > 0 and float(row["ratio"]) > 0 for row in rows)
+    assert rows[-1]["b"] == "8" and rows[-1]["m"] == "2" and int(rows[-1]["trainable"]) > 0
+
+
+def test_metamath_leaves_the_model_as_it_was(tmp_path):
+    table = Table(tmp_path / "t.csv", metamath.COLUMNS)
+    loop = metamath._Loop(metamath.TINY, CPU, table)
+    before = {name: type(module) for name, module in loop.model.named_modules()}
+    weights = {name: tensor.clone() for name, tensor in loop.model.state_dict().items()}
+    for job in metamath.jobs():
+        if job.name in ("base", "lora", "oft", "boft_ext-m2b4", "pr3540-m2b4", "peft-m1b4", "peft-m-m2b4"):
+            loop.measure("all", job._replace(steps=1))
+            assert {name: type(module) for name, module in loop.model.named_modules()} == before, job.name
+            for name, tensor in loop.model.state_dict().items():
+                assert torch.equal(tensor, weights[name]), (job.name, name)
+
+
+def test_metamath_says_what_it_had_no_time_for(tmp_path, capsys):
+    metamath.run(tmp_path, True, "qv lora", CPU, budget_s=-1)
+    assert "metamath: no time for qv base, qv lora, all base" in capsys.readouterr().err

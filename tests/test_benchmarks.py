@@ -150,6 +150,18 @@ def test_c_refusals_are_errors_with_the_message_of_the_core():
         c_interface.make_plan(30, 4, 2)
 
 
+@pytest.mark.parametrize("kind", op_cells.KINDS)
+def test_a_device_without_c_entry_points_has_the_operators(kind):
+    cell = op_cells.Cell(kind, 64, None if kind == "blocks" else 8, *([] if kind == "scale" else [8, 2]))
+    with torch.no_grad():
+        steps, workers = op_cells.entries(cell, op_cells.Place(torch.device("cpu")))
+        for entry in steps.values():
+            assert entry.sample.calibrate()
+            entry.sample()
+    assert workers is None
+    assert set(steps) == {("clone", "clone"), *((case, "boft_ext") for case in op_cells.KINDS[kind].cases)}
+
+
 def test_a_failed_call_in_a_worker_is_raised(workers):
     def fail():
         raise RuntimeError("no")
@@ -160,7 +172,13 @@ def test_a_failed_call_in_a_worker_is_raised(workers):
 
 
 @pytest.mark.parametrize(
-    "arguments, reason", [(["nope"], "there is no level 'nope'"), (["--threads", "0"], "--threads must be at least 1")]
+    "arguments, reason",
+    [
+        (["nope"], "there is no level 'nope'"),
+        (["--threads", "0"], "--threads must be at least 1"),
+        (["--device", "tpu"], "--device must be cpu or cuda, got 'tpu'"),
+        (["metamath"], "metamath on the CPU needs --tiny"),
+    ],
 )
 def test_a_bad_command_line_ends_with_one_clear_line(arguments, reason):
     command = [sys.executable, "-m", "benchmarks", *arguments]
