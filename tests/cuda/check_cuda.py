@@ -2,11 +2,11 @@
 
 For sm_80, sm_90 and sm_100, every kernel against the plan (plan.py): registers, static shared memory, no stack and no
 spills (from ptxas), and in its machine code 16-byte accesses, tensor core instructions, prefetched loads and no local
-memory (from cuobjdump). And that the sources compile to PTX and for the host. Ends with a table; exit status 1 if
-anything fails, also if a tool is missing beside nvcc. Without nvcc: one line and exit status 0.
+memory (from cuobjdump, which needs nvdisasm). And that the sources compile to PTX and for the host. Ends with a table;
+exit status 1 if anything fails, also if a tool is missing beside nvcc. Without nvcc: one line and exit status 0.
 
 Environment: NVCC, CUOBJDUMP: the tools, otherwise from PATH, CUDA_HOME, beside nvcc, or PyPI's nvidia-cuda-cuobjdump in
-this Python or in .venv. MAX_JOBS: compilers at once, otherwise one per processor.
+this Python or in .venv, with nvidia-cuda-nvdisasm. MAX_JOBS: compilers at once, otherwise one per processor.
 """
 
 from __future__ import annotations
@@ -81,7 +81,11 @@ def compile_one(nvcc: str, cuobjdump: str, source: Path, architecture: str, fold
     said = done.stdout + done.stderr
     if done.returncode:
         return said
-    listed = subprocess.run([cuobjdump, "-sass", str(target)], capture_output=True, text=True)
+    # cuobjdump starts nvdisasm, which the wheels put beside it.
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(cuobjdump).parent)])
+    listed = subprocess.run(
+        [cuobjdump, "-sass", str(target)], capture_output=True, text=True, env={**os.environ, "PATH": path}
+    )
     bodies = parse_sass(listed.stdout)
     resources = parse_ptxas(said)
     if listed.returncode or set(bodies) != set(resources):
