@@ -50,8 +50,10 @@ def patched():
 
 @pytest.fixture
 def no_kernel(monkeypatch):
-    """PEFT finds no kernel, as on any machine without a CUDA compiler, and does not try to build one."""
-    monkeypatch.setattr(peft_layer, "get_fbd_cuda", lambda: None)
+    """PEFT finds no kernel, as on any machine without a CUDA compiler, and does not try to build one; its pull request
+    3540 has none to look for."""
+    if hasattr(peft_layer, "get_fbd_cuda"):
+        monkeypatch.setattr(peft_layer, "get_fbd_cuda", lambda: None)
 
 
 @pytest.fixture
