@@ -99,12 +99,21 @@ VEC_FN void pairs_multiply_panel(const int rows, const int vectors, int64_t grou
 VEC_FN void pairs_multiply_rows(const int rows, int64_t group, int64_t groups, pairs_rows x, const __m512i *packed,
                                 uint16_t *y, int64_t y_stride)
 {
+    /* Every panel reads the whole group, which y in the place of x would change. */
+    const int overlap = y == x.data && group > 2 * PAIRS_LANES;
     for (int64_t g = 0; g < groups; g++, x.data += group, y += group, packed += group * group / PAIRS_LANES) {
+        uint16_t copy[PAIRS_ROWS_ONCE * BOFT_PAIRS_GROUP_MOST];
+        pairs_rows in = x;
+        if (overlap) {
+            for (int t = 0; t < rows; t++)
+                memcpy(copy + t * group, x.data + t * x.stride, (size_t)group * sizeof *copy);
+            in = (pairs_rows){copy, group};
+        }
         int64_t column = 0;
         for (; column + 2 * PAIRS_LANES <= group; column += 2 * PAIRS_LANES)
-            pairs_multiply_panel(rows, 2, group, x, column, packed, y, y_stride);
+            pairs_multiply_panel(rows, 2, group, in, column, packed, y, y_stride);
         if (column < group)
-            pairs_multiply_panel(rows, 1, group, x, column, packed, y, y_stride);
+            pairs_multiply_panel(rows, 1, group, in, column, packed, y, y_stride);
     }
 }
 

@@ -289,9 +289,17 @@ VEC_FN void FN(level_backward)(const boft_level *level, int transpose, const REA
         return;
     }
     REAL *product = gathered + 2 * rows * group;
+    /* gemm reads a row once for each panel of columns, so dx in the place of dy would change it for the second. */
+    const int one_panel = group <= VEC(VEC_LANES) || group == 2 * VEC(VEC_LANES);
+    const int overlap = dx == dy.data && !one_panel;
     for (int64_t g = 0; g < groups; g++) {
-        const FN(strip) grad = FN(gather_group)(level, g, dy, rows, gathered);
+        FN(strip) grad = FN(gather_group)(level, g, dy, rows, gathered);
         const REAL *block = blocks_back + g * group * group;
+        if (overlap) {
+            for (int64_t t = 0; t < rows; t++)
+                memcpy(gathered + t * group, grad.data + t * grad.stride, (size_t)group * sizeof(REAL));
+            grad = (FN(strip)){gathered, group};
+        }
         if (dblocks) {
             const FN(strip) in = FN(gather_group)(level, g, x, rows, gathered + rows * group);
             const FN(strip) left = transpose ? grad : in, right = transpose ? in : grad;

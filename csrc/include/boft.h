@@ -180,7 +180,7 @@ typedef struct boft_rotate_backward_args {
     int64_t x_stride;
     const void *blocks;      /* as given to the forward call; needed when dblocks is wanted and plan->levels > 1 */
     const void *blocks_back; /* the same matrices transposed; needed when dx is wanted or plan->levels > 1 */
-    void *dx;                /* (T, d) or NULL */
+    void *dx;                /* (T, d) or NULL; may be dy with its stride */
     int64_t dx_stride;
     void *dblocks;           /* NULL, or splits * plan->count reals: the gradient of the untransposed blocks */
 } boft_rotate_backward_args;

@@ -44,10 +44,11 @@ struct Rotate {
   boft_rotate_args args;
 };
 
-// dx and dblocks are empty where they are not needed; args.dblocks has the room of one split.
+// dx and dblocks are empty where they are not needed; args.dblocks has the room of one split. With in_place, dx is dy,
+// which is contiguous then; only the CPU kernels can do that.
 struct RotateBackward {
   RotateBackward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& blocks, int64_t b, int64_t m,
-                 bool transpose, bool need_x, bool need_blocks);
+                 bool transpose, bool need_x, bool need_blocks, bool in_place = false);
   RotateBackward(const RotateBackward&) = delete;
   boft_dtype dtype;
   boft_plan plan;

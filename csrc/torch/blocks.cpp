@@ -60,8 +60,6 @@ BlocksBackward::BlocksBackward(const Tensor& dblocks_any, const Tensor& q_any, c
   da = at::empty_like(q);
 }
 
-namespace {
-
 std::tuple<Tensor, Tensor> blocks_cpu(const Tensor& boft_R, const std::optional<Tensor>& keep) {
   const Blocks call(boft_R, keep);
   const boft_plan& plan = call.plan;
@@ -104,6 +102,8 @@ Tensor blocks_backward_cpu(const Tensor& dblocks, const Tensor& q, const std::op
   return call.da;
 }
 
+namespace {
+
 std::tuple<Tensor, Tensor> call_blocks(const Tensor& boft_R, const std::optional<Tensor>& keep) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("boft::blocks", "")
@@ -111,12 +111,16 @@ std::tuple<Tensor, Tensor> call_blocks(const Tensor& boft_R, const std::optional
   return op.call(boft_R, keep);
 }
 
+}  // namespace
+
 Tensor call_blocks_backward(const Tensor& dblocks, const Tensor& q, const std::optional<Tensor>& keep) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("boft::blocks_backward", "")
                              .typed<Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&)>();
   return op.call(dblocks, q, keep);
 }
+
+namespace {
 
 class BlocksFunction : public torch::autograd::Function<BlocksFunction> {
  public:
@@ -131,7 +135,7 @@ class BlocksFunction : public torch::autograd::Function<BlocksFunction> {
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const auto saved = ctx->get_saved_variables();
-    const std::optional<Tensor> keep = saved[1].defined() ? std::optional<Tensor>(saved[1]) : std::nullopt;
+    const std::optional<Tensor> keep = optional_of(saved[1]);
     return {call_blocks_backward(grads[0], saved[0], keep), Tensor()};
   }
 };

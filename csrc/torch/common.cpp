@@ -60,10 +60,12 @@ Rows::Rows(const at::Tensor& any) : tensor(any) {
   stride = rows > 1 ? tensor.stride(0) : columns;
 }
 
-at::Tensor empty_contiguous(const at::Tensor& tensor) {
-  if (!tensor.is_cpu()) return at::empty(tensor.sizes(), tensor.options().memory_format(at::MemoryFormat::Contiguous));
-  return at::detail::empty_generic(tensor.sizes(), &recycler(), c10::DispatchKeySet(c10::DispatchKey::CPU),
-                                   tensor.scalar_type(), c10::MemoryFormat::Contiguous);
+at::Tensor empty_contiguous(const at::Tensor& tensor) { return empty_contiguous(tensor, tensor.sizes()); }
+
+at::Tensor empty_contiguous(const at::Tensor& tensor, at::IntArrayRef sizes) {
+  if (!tensor.is_cpu()) return at::empty(sizes, tensor.options().memory_format(at::MemoryFormat::Contiguous));
+  return at::detail::empty_generic(sizes, &recycler(), c10::DispatchKeySet(c10::DispatchKey::CPU), tensor.scalar_type(),
+                                   c10::MemoryFormat::Contiguous);
 }
 
 void Runs::check(const at::Tensor& batch, int64_t adapters) const {

@@ -6,6 +6,7 @@
 #include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "boft.h"
@@ -28,6 +29,11 @@ boft_plan make_plan(int64_t d, int64_t b, int64_t m);
 // autocast, functorch, tracing, modes and subclasses in Python all show in one of the two sets.
 bool is_plain(const at::Tensor& tensor);
 
+// What save_for_backward keeps of a tensor that may be missing.
+inline std::optional<at::Tensor> optional_of(const at::Tensor& tensor) {
+  return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
+}
+
 // `tensor` as rows of its last axis: contiguous columns and one row stride, copied only where strides demand it.
 struct Rows {
   at::Tensor tensor;
@@ -36,8 +42,9 @@ struct Rows {
   const void* data() const { return tensor.const_data_ptr(); }
 };
 
-// An uninitialised contiguous tensor like `tensor`; on the CPU from the `recycler`.
+// An uninitialised contiguous tensor like `tensor`, of its sizes or others; on the CPU from the `recycler`.
 at::Tensor empty_contiguous(const at::Tensor& tensor);
+at::Tensor empty_contiguous(const at::Tensor& tensor, at::IntArrayRef sizes);
 
 // Elements of work, roughly multiply-adds, that pay for handing a part to another thread (about 10 us of one core).
 constexpr int64_t kWorkPerThread = 1 << 18;

@@ -129,14 +129,15 @@ PYBIND11_MODULE(_C, module) {
   module.def("has_kernels", has_kernels, "Whether operators on a tensor's device run kernels, not the other form.");
   module.def("cuda_streams", cuda_streams, "Whether there are CUDA kernels and torch says which stream is current.");
   module.def("cpu_kernels_in_use", boft::cpu_kernels_in_use);
-  module.def("empty_contiguous", boft::empty_contiguous,
+  module.def("empty_contiguous", py::overload_cast<const at::Tensor&>(boft::empty_contiguous),
              "An uninitialised contiguous tensor like another one.");
   module.def("idle_bytes", boft::idle_bytes, "Bytes of freed results that are kept to be used again.");
   module.def("release_idle", boft::release_idle, "Return them to the system.");
-  module.def("cached_blocks", boft::cached_blocks, "csrc/torch/ops.h says what these six do; None where they cannot.");
+  module.def("cached_blocks", boft::cached_blocks, "csrc/torch/ops.h says what these seven do; None where they cannot.");
   module.def("rotate_now", boft::rotate_now, py::call_guard<py::gil_scoped_release>());
   module.def("scale_now", boft::scale_now, py::call_guard<py::gil_scoped_release>());
   module.def("linear_now", boft::linear_now, py::call_guard<py::gil_scoped_release>());
+  module.def("linear_train", boft::linear_train, py::call_guard<py::gil_scoped_release>());
   module.def("rotate_runs_now", boft::rotate_runs_now, py::call_guard<py::gil_scoped_release>());
   module.def("scale_runs_now", boft::scale_runs_now, py::call_guard<py::gil_scoped_release>());
   module.def("levels", levels, "(first, factors) of each level for (d, b, m), lowest first; ValueError if invalid.");

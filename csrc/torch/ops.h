@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "common.h"
@@ -21,7 +22,18 @@ void register_blocks_cuda(torch::Library& library);
 void register_rotate_cuda(torch::Library& library);
 void register_scale_cuda(torch::Library& library);
 
-// The CPU kernels of the operators of the same names.
+// The CPU kernels of the operators of the same names. With in_place, dx takes the place of dy, which is contiguous.
+std::tuple<at::Tensor, at::Tensor> blocks_cpu(const at::Tensor& boft_R, const std::optional<at::Tensor>& keep);
+at::Tensor blocks_backward_cpu(const at::Tensor& dblocks, const at::Tensor& q, const std::optional<at::Tensor>& keep);
+std::tuple<at::Tensor, at::Tensor> rotate_backward_cpu(const at::Tensor& dy, const at::Tensor& x,
+                                                       const at::Tensor& blocks, int64_t b, int64_t m, bool transpose,
+                                                       bool need_x, bool need_blocks, bool in_place = false);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> scale_backward_cpu(const at::Tensor& dy,
+                                                                  const std::optional<at::Tensor>& z,
+                                                                  const at::Tensor& s,
+                                                                  const std::optional<at::Tensor>& bias,
+                                                                  bool bias_detached, bool need_z, bool need_s,
+                                                                  bool need_bias);
 at::Tensor rotate_cpu(const at::Tensor& x, const at::Tensor& blocks, int64_t b, int64_t m, bool transpose,
                       bool compact = false);
 at::Tensor scale_cpu(const at::Tensor& z, const at::Tensor& s, const std::optional<at::Tensor>& bias,
@@ -36,6 +48,18 @@ struct Rotation {
 at::Tensor rotate_runs_cpu(const at::Tensor& x, const Runs& runs, const std::vector<Rotation>& rotations);
 at::Tensor scale_runs_cpu(const at::Tensor& z, const Runs& runs, const std::vector<at::Tensor>& scales,
                           const std::optional<at::Tensor>& bias);
+
+// The backward operators through the dispatcher, for what must be recorded or redirected.
+at::Tensor call_blocks_backward(const at::Tensor& dblocks, const at::Tensor& q, const std::optional<at::Tensor>& keep);
+std::tuple<at::Tensor, at::Tensor> call_rotate_backward(const at::Tensor& dy, const at::Tensor& x,
+                                                        const at::Tensor& blocks, int64_t b, int64_t m, bool transpose,
+                                                        bool need_x, bool need_blocks);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> call_scale_backward(const at::Tensor& dy,
+                                                                   const std::optional<at::Tensor>& z,
+                                                                   const at::Tensor& s,
+                                                                   const std::optional<at::Tensor>& bias,
+                                                                   bool bias_detached, bool need_z, bool need_s,
+                                                                   bool need_bias);
 
 bool cpu_kernels_in_use();
 
@@ -60,5 +84,11 @@ std::optional<at::Tensor> rotate_runs_now(const at::Tensor& x, const std::vector
 std::optional<at::Tensor> scale_runs_now(const at::Tensor& z, const std::vector<int64_t>& ends,
                                          const std::vector<int64_t>& choice, const std::vector<at::Tensor>& scales,
                                          const std::optional<at::Tensor>& bias);
+
+// With gradients: the whole layer as one function, linear.cpp. Nothing where linear_now would give nothing, where
+// boft_R is not of the arithmetic's dtype, where weight or bias train, and for x without rows.
+std::optional<at::Tensor> linear_train(const at::Tensor& x, const at::Tensor& weight,
+                                       const std::optional<at::Tensor>& bias, const at::Tensor& boft_R,
+                                       const at::Tensor& s, const std::optional<at::Tensor>& keep);
 
 }  // namespace boft

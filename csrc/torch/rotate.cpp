@@ -179,13 +179,13 @@ Tensor rotate_runs_cpu(const Tensor& x, const Runs& runs, const std::vector<Rota
 }
 
 RotateBackward::RotateBackward(const Tensor& dy, const Tensor& x, const Tensor& blocks_any, int64_t b, int64_t m,
-                               bool transpose, bool need_x, bool need_blocks)
+                               bool transpose, bool need_x, bool need_blocks, bool in_place)
     : dtype(data_dtype(dy, "dy")),
       plan(check_rotate_backward(dy, x, blocks_any, b, m, need_blocks)),
       grad(dy),
       in(need_blocks ? x : dy),
       blocks(blocks_any.contiguous()),
-      dx(need_x ? empty_contiguous(dy) : at::empty({0}, dy.options())),
+      dx(!need_x ? at::empty({0}, dy.options()) : in_place ? dy : empty_contiguous(dy)),
       dblocks(at::empty({need_blocks ? plan.count : 0}, blocks.options())),
       args{} {
   args.plan = &plan;
@@ -202,11 +202,10 @@ RotateBackward::RotateBackward(const Tensor& dy, const Tensor& x, const Tensor& 
   args.dblocks = need_blocks ? dblocks.mutable_data_ptr() : nullptr;
 }
 
-namespace {
-
 std::tuple<Tensor, Tensor> rotate_backward_cpu(const Tensor& dy, const Tensor& x, const Tensor& blocks, int64_t b,
-                                               int64_t m, bool transpose, bool need_x, bool need_blocks) {
-  RotateBackward call(dy, x, blocks, b, m, transpose, need_x, need_blocks);
+                                               int64_t m, bool transpose, bool need_x, bool need_blocks,
+                                               bool in_place) {
+  RotateBackward call(dy, x, blocks, b, m, transpose, need_x, need_blocks, in_place);
   const boft_plan& plan = call.plan;
   const int64_t rows = call.grad.rows, splits = boft_rotate_backward_splits(&plan, rows);
   const bool several = plan.levels > 1;
@@ -229,6 +228,8 @@ std::tuple<Tensor, Tensor> rotate_backward_cpu(const Tensor& dy, const Tensor& x
   }
   return {call.dx, call.dblocks};
 }
+
+namespace {
 
 // The same from packed x. Every piece of at most kUnpackedRows rows is unpacked into a buffer of its thread and gives
 // partial gradients of the blocks, which are added in the order of rows, several pieces at a time as the shape
@@ -303,6 +304,8 @@ Tensor call_rotate(const Tensor& x, const Tensor& blocks, int64_t b, int64_t m, 
   return op.call(x, blocks, b, m, transpose, compact);
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> call_rotate_backward(const Tensor& dy, const Tensor& x, const Tensor& blocks, int64_t b,
                                                 int64_t m, bool transpose, bool need_x, bool need_blocks) {
   static const auto op =
@@ -312,6 +315,8 @@ std::tuple<Tensor, Tensor> call_rotate_backward(const Tensor& dy, const Tensor& 
                                             bool)>();
   return op.call(dy, x, blocks, b, m, transpose, need_x, need_blocks);
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor> call_rotate_backward_packed(const Tensor& dy, const Tensor& packed, const Tensor& blocks,
                                                        int64_t b, int64_t m, bool transpose, bool need_x) {
@@ -365,7 +370,10 @@ Tensor rotate_autocast(const Tensor& x, const Tensor& blocks, int64_t b, int64_t
 
 void register_rotate_cpu(torch::Library& library) {
   library.impl("rotate", rotate_cpu);
-  library.impl("rotate_backward", rotate_backward_cpu);
+  library.impl("rotate_backward", +[](const Tensor& dy, const Tensor& x, const Tensor& blocks, int64_t b, int64_t m,
+                                      bool transpose, bool need_x, bool need_blocks) {
+    return rotate_backward_cpu(dy, x, blocks, b, m, transpose, need_x, need_blocks);
+  });
 }
 
 // Not withdrawn with the other CPU kernels: what was packed must be unpacked.

@@ -132,8 +132,6 @@ ScaleBackward::ScaleBackward(const Tensor& dy, const std::optional<Tensor>& z, c
   args.bias_detached = bias_detached;
 }
 
-namespace {
-
 std::tuple<Tensor, Tensor, Tensor> scale_backward_cpu(const Tensor& dy, const std::optional<Tensor>& z, const Tensor& s,
                                                       const std::optional<Tensor>& bias, bool bias_detached,
                                                       bool need_z, bool need_s, bool need_bias) {
@@ -142,6 +140,8 @@ std::tuple<Tensor, Tensor, Tensor> scale_backward_cpu(const Tensor& dy, const st
            [&](int64_t begin, int64_t end, void*) { return boft_scale_backward(&call.args, begin, end); });
   return {call.dz, need_s ? sum_splits(call.ds, s) : call.ds, need_bias ? sum_splits(call.dbias, *bias) : call.dbias};
 }
+
+namespace {
 
 // The same from packed z, unpacked kUnpackedRows rows at a time into a buffer of the thread; each piece is a split.
 std::tuple<Tensor, Tensor, Tensor> scale_backward_packed_cpu(const Tensor& dy, const Tensor& packed, const Tensor& s,
@@ -198,6 +198,8 @@ Tensor call_scale(const Tensor& z, const Tensor& s, const std::optional<Tensor>&
   return op.call(z, s, bias, bias_detached, compact);
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor> call_scale_backward(const Tensor& dy, const std::optional<Tensor>& z, const Tensor& s,
                                                        const std::optional<Tensor>& bias, bool bias_detached, bool need_z,
                                                        bool need_s, bool need_bias) {
@@ -209,6 +211,8 @@ std::tuple<Tensor, Tensor, Tensor> call_scale_backward(const Tensor& dy, const s
   return op.call(dy, z, s, bias, bias_detached, need_z, need_s, need_bias);
 }
 
+namespace {
+
 std::tuple<Tensor, Tensor, Tensor> call_scale_backward_packed(const Tensor& dy, const Tensor& packed, const Tensor& s,
                                                               const std::optional<Tensor>& bias, bool bias_detached,
                                                               bool need_z, bool need_bias) {
@@ -218,10 +222,6 @@ std::tuple<Tensor, Tensor, Tensor> call_scale_backward_packed(const Tensor& dy, 
           .typed<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
                                                     const std::optional<Tensor>&, bool, bool, bool)>();
   return op.call(dy, packed, s, bias, bias_detached, need_z, need_bias);
-}
-
-std::optional<Tensor> optional_of(const Tensor& tensor) {
-  return tensor.defined() ? std::optional<Tensor>(tensor) : std::nullopt;
 }
 
 class ScaleFunction : public torch::autograd::Function<ScaleFunction> {

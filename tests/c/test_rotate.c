@@ -299,6 +299,14 @@ static void check_backward(const problem *p, const inputs in[2], const outputs o
     run_backward(p, &in[1], p->tasks <= 64 ? SINGLES : PIECES, out[1].dx, out[1].parts, out[1].ws_back);
     EXPECT_SAME("dx in pieces", p->dtype, out[0].dx, out[1].dx, p->dx_stride, p->rows, d);
     EXPECT_SAME("dblocks in pieces", p->real, out[0].parts, out[1].parts, n, 1, n);
+    if (p->dx_stride == p->dy_stride) {
+        inputs same_place = in[1];
+        same_place.dy = memcpy(out[1].dx, in[1].dy, (size_t)(p->rows * d) * dtype_size(p->dtype));
+        scrub(out[1].parts);
+        run_backward(p, &same_place, p->tasks <= 64 ? SINGLES : PIECES, out[1].dx, out[1].parts, out[1].ws_back);
+        EXPECT_SAME("dx in the place of dy", p->dtype, out[0].dx, out[1].dx, p->dx_stride, p->rows, d);
+        EXPECT_SAME("dblocks with dx in the place of dy", p->real, out[0].parts, out[1].parts, n, 1, n);
+    }
     check_sum_of_splits(p, out[0].parts);
 
     scrub(out[1].dx);

@@ -1,0 +1,222 @@
+"""A linear layer in training, which is one function of the compiled module: the same bits as its parts one by one."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import boft_ext
+from boft_ext import BOFTLinear
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+# (d, out, b, m): groups in lanes, of one vector, two vectors, several panels, with rests, several levels, odd b.
+SHAPES = [(32, 24, 4, 2), (64, 48, 8, 2), (64, 40, 8, 3), (160, 24, 40, 3), (40, 24, 10, 2), (512, 16, 2, 9), (15, 8, 5, 1)]
+
+
+def make_layer(shape=SHAPES[0], bias=True, dtype=torch.float32, dropout=0.0):
+    d, out, b, m = shape
+    config = boft_ext.BOFTConfig(boft_block_size=b, boft_n_butterfly_factor=m, boft_dropout=dropout)
+    layer = BOFTLinear.from_linear(nn.Linear(d, out, bias=bias).to(dtype), config)
+    with torch.no_grad():
+        layer.boft_R.normal_()
+        layer.boft_s.normal_()
+    return layer
+
+
+def in_parts(layer):
+    """The layer computes rotate, base layer and scale one by one from now on: a hook must see the base layer's input."""
+    return layer.base_layer.register_forward_pre_hook(lambda module, args: None)
+
+
+def run(layer, x, dy, seed=0):
+    """Output and gradients of x, boft_R and boft_s, None where there is none."""
+    x = x.detach().requires_grad_(x.requires_grad)
+    layer.boft_R.grad = layer.boft_s.grad = None
+    torch.manual_seed(seed)
+    y = layer(x)
+    if y.requires_grad:
+        y.backward(dy)
+    return [y.detach(), x.grad, layer.boft_R.grad, layer.boft_s.grad]
+
+
+def assert_same(ours, theirs):
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or (one.dtype == other.dtype and torch.equal(one, other))
+
+
+@pytest.mark.parametrize("rows", [(7,), (2, 40), (0,), (1, 300)], ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_same_bits_as_its_parts(shape, dtype, bias, rows, seed):
+    torch.manual_seed(seed)
+    layer = make_layer(shape, bias, dtype, dropout=0.5)
+    x = torch.randn(*rows, shape[0]).to(dtype).requires_grad_()
+    dy = torch.randn(*rows, shape[1]).to(dtype)
+    ours = run(layer, x, dy)
+    assert all(tensor is not None for tensor in ours)
+    in_parts(layer)
+    assert_same(ours, run(layer, x, dy))
+
+
+@pytest.mark.parametrize("need_x", [False, True])
+@pytest.mark.parametrize("need_R", [False, True])
+@pytest.mark.parametrize("need_s", [False, True])
+def test_only_what_is_needed(need_x, need_R, need_s):
+    layer = make_layer()
+    layer.boft_R.requires_grad_(need_R)
+    layer.boft_s.requires_grad_(need_s)
+    x, dy = torch.randn(9, 32, requires_grad=need_x), torch.randn(9, 24)
+    ours = run(layer, x, dy)
+    assert [tensor is not None for tensor in ours] == [True, need_x, need_R, need_s]
+    in_parts(layer)
+    assert_same(ours, run(layer, x, dy))
+
+
+def test_strides_do_not_matter():
+    layer = make_layer()
+    x = torch.randn(32, 5, 9).permute(2, 1, 0).requires_grad_()
+    for dy in (torch.randn(1, 24).expand(9, 5, 24), torch.randn(24, 5, 9).permute(2, 1, 0), torch.ones(()).expand(9, 5, 24)):
+        ours = run(layer, x, dy)
+        handle = in_parts(layer)
+        assert_same(ours, run(layer, x, dy))
+        handle.remove()
+
+
+def test_gradients_by_finite_differences():
+    layer = make_layer(dtype=torch.float64)
+    x = torch.randn(3, 32, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, *parameters: layer(x), (x, layer.boft_R, layer.boft_s))
+
+
+def test_a_graph_used_twice_gives_the_same_gradients():
+    layer, x, dy = make_layer(), torch.randn(9, 32, requires_grad=True), torch.randn(9, 24)
+    wanted = dy.clone()
+    inputs = (x, layer.boft_R, layer.boft_s)
+    y = layer(x)
+    first = torch.autograd.grad(y, inputs, dy, retain_graph=True)
+    assert torch.equal(dy, wanted)
+    assert_same(first, torch.autograd.grad(y, inputs, dy))
+
+
+def test_gradients_that_others_hold_stay_as_they_are():
+    layer, following = make_layer(), nn.Linear(24, 24)
+    x = torch.randn(9, 32, requires_grad=True)
+    seen = []
+    y = layer(x)
+    y.register_hook(lambda gradient: seen.append((gradient, gradient.clone())))
+    following(y).square().sum().backward()
+    assert len(seen) == 1 and torch.equal(*seen[0])
+
+
+def test_a_second_derivative_is_refused():
+    layer, x = make_layer(), torch.randn(9, 32, requires_grad=True)
+    (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="derivative for boft::"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("changed", ["x", "boft_R", "boft_s", "weight"])
+def test_a_change_before_backward_is_noticed(changed):
+    layer, x = make_layer(), torch.randn(9, 32)
+    y = layer(x)
+    with torch.no_grad():
+        {"x": x, "weight": layer.weight, **dict(layer.named_parameters())}[changed].add_(1)
+    if changed == "boft_R":  # its blocks are kept, as by the operators one by one
+        y.sum().backward()
+    else:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+def test_kernels_withdrawn_between_forward_and_backward():
+    layer, x, dy = make_layer(), torch.randn(9, 32, requires_grad=True), torch.randn(9, 24)
+    wanted = run(layer, x, dy)[1:]
+    y = layer(x)
+    with boft_ext.ops.without_kernels():
+        gradients = torch.autograd.grad(y, (x, layer.boft_R, layer.boft_s), dy)
+    for ours, theirs in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(reentrant):
+    layer, x, dy = make_layer(dropout=0.5), torch.randn(9, 32, requires_grad=True), torch.randn(9, 24)
+    wanted = run(layer, x, dy)[1:]
+    torch.manual_seed(0)
+    y = checkpoint(layer, x, use_reentrant=reentrant)
+    layer.boft_R.grad = layer.boft_s.grad = None
+    y.backward(dy)
+    assert_same([x.grad, layer.boft_R.grad, layer.boft_s.grad], wanted)
+
+
+def test_saved_tensors_go_through_hooks():
+    layer, x, dy = make_layer(), torch.randn(9, 32, requires_grad=True), torch.randn(9, 24)
+    wanted = run(layer, x, dy)[1:]
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor.clone())
+        return len(kept) - 1
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, kept.__getitem__):
+        y = layer(x)
+    assert any(torch.equal(tensor, x) for tensor in kept if tensor.shape == x.shape)
+    assert_same(torch.autograd.grad(y, (x, layer.boft_R, layer.boft_s), dy), wanted)
+
+
+@pytest.mark.parametrize("frozen", ["boft_R", "boft_s"])
+def test_nothing_large_is_saved_for_a_frozen_parameter(frozen):
+    layer = make_layer((64, 64, 8, 2))
+    getattr(layer, frozen).requires_grad_(False)
+    large = []
+
+    def pack(tensor):
+        large.extend([tuple(tensor.shape)] if tensor.shape[0] == 300 else [])
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(torch.randn(300, 64, requires_grad=True))
+    assert large == [(300, 64)]
+
+
+def test_the_graph_dies_with_its_output():
+    layer, x = make_layer(), torch.randn(9, 32)
+    alive = weakref.ref(x)
+    y = layer(x)
+    del x
+    assert alive() is not None
+    y.sum().backward()
+    del y
+    gc.collect()
+    assert alive() is None
+
+
+def test_autocast_and_inference_inputs():
+    layer, x = make_layer(), torch.randn(9, 32, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert x.grad.dtype == torch.float32
+    with torch.inference_mode():
+        made = torch.randn(9, 32)
+    with pytest.raises(RuntimeError, match="[Ii]nference tensors cannot be saved"):
+        layer(made)
+
+
+def test_errors_are_those_of_the_parts():
+    layer = make_layer()
+    wrong_inputs = (torch.randn(5, 31), torch.randn(5, 32).long(), torch.randn(5, 32, dtype=torch.float64))
+    raised = []
+    for _ in range(2):
+        for wrong in wrong_inputs:
+            with pytest.raises((ValueError, TypeError, RuntimeError)) as error:
+                layer(wrong)
+            raised.append((error.type, str(error.value)))
+        in_parts(layer)
+    assert raised[:3] == raised[3:]
