@@ -26,6 +26,14 @@ def make_layer(shape=SHAPES[0], bias=True, dtype=torch.float32, dropout=0.0):
     return layer
 
 
+def random_problem(shape, bias, dtype, rows, seed):
+    """A layer with dropout, its input, which needs a gradient, and the gradient of its output."""
+    torch.manual_seed(seed)
+    layer = make_layer(shape, bias, dtype, dropout=0.5)
+    x = torch.randn(*rows, shape[0]).to(dtype).requires_grad_()
+    return layer, x, torch.randn(*rows, shape[1]).to(dtype)
+
+
 def in_parts(layer):
     """The layer computes rotate, base layer and scale one by one from now on: a hook must see the base layer's input."""
     return layer.base_layer.register_forward_pre_hook(lambda module, args: None)
@@ -53,34 +61,62 @@ def assert_same(ours, theirs):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_same_bits_as_its_parts(shape, dtype, bias, rows, seed):
-    torch.manual_seed(seed)
-    layer = make_layer(shape, bias, dtype, dropout=0.5)
-    x = torch.randn(*rows, shape[0]).to(dtype).requires_grad_()
-    dy = torch.randn(*rows, shape[1]).to(dtype)
+    layer, x, dy = random_problem(shape, bias, dtype, rows, seed)
     ours = run(layer, x, dy)
     assert all(tensor is not None for tensor in ours)
     in_parts(layer)
     assert_same(ours, run(layer, x, dy))
 
 
+# Enough rows for threads to take parts of them through the layer: two, four, and parts of different sizes.
+@pytest.mark.parametrize("rows", [(512,), (1, 1037), (3, 700)], ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_many_rows(shape, dtype, bias, rows, seed):
+    layer, x, dy = random_problem(shape, bias, dtype, rows, seed)
+    threads = torch.get_num_threads()
+    try:
+        ours = []
+        for count in (1, 2, 2):
+            torch.set_num_threads(count)
+            ours.append(run(layer, x, dy))
+    finally:
+        torch.set_num_threads(threads)
+    assert_same(ours[0], ours[1])
+    assert_same(ours[0], ours[2])
+    in_parts(layer)
+    for one, other in zip(ours[0], run(layer, x, dy), strict=True):
+        # A product of fewer rows may be summed in another order.
+        torch.testing.assert_close(one, other)
+    with torch.no_grad():
+        layer.eval()
+        separate = layer(x)
+        layer.base_layer._forward_pre_hooks.clear()
+        torch.testing.assert_close(layer(x), separate)
+
+
 @pytest.mark.parametrize("need_x", [False, True])
 @pytest.mark.parametrize("need_R", [False, True])
 @pytest.mark.parametrize("need_s", [False, True])
-def test_only_what_is_needed(need_x, need_R, need_s):
+@pytest.mark.parametrize("rows", [9, 600])
+def test_only_what_is_needed(rows, need_x, need_R, need_s):
     layer = make_layer()
     layer.boft_R.requires_grad_(need_R)
     layer.boft_s.requires_grad_(need_s)
-    x, dy = torch.randn(9, 32, requires_grad=need_x), torch.randn(9, 24)
+    x, dy = torch.randn(rows, 32, requires_grad=need_x), torch.randn(rows, 24)
     ours = run(layer, x, dy)
     assert [tensor is not None for tensor in ours] == [True, need_x, need_R, need_s]
     in_parts(layer)
     assert_same(ours, run(layer, x, dy))
 
 
-def test_strides_do_not_matter():
+@pytest.mark.parametrize("rows", [9, 200])
+def test_strides_do_not_matter(rows):
     layer = make_layer()
-    x = torch.randn(32, 5, 9).permute(2, 1, 0).requires_grad_()
-    for dy in (torch.randn(1, 24).expand(9, 5, 24), torch.randn(24, 5, 9).permute(2, 1, 0), torch.ones(()).expand(9, 5, 24)):
+    x = torch.randn(32, 5, rows).permute(2, 1, 0).requires_grad_()
+    shape = (rows, 5, 24)
+    for dy in (torch.randn(1, 24).expand(shape), torch.randn(24, 5, rows).permute(2, 1, 0), torch.ones(()).expand(shape)):
         ours = run(layer, x, dy)
         handle = in_parts(layer)
         assert_same(ours, run(layer, x, dy))

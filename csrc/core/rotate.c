@@ -7,8 +7,8 @@
 
 /* Enough tasks for the threads of a large machine to share evenly. */
 enum { TASKS = 32 };
-/* A split costs a pass over the blocks, so it should sum at least this many rows. */
-enum { SPLIT_ROWS = 128 };
+/* Rows that a caller works on together through a whole layer: splits should not be larger. */
+enum { PART_ROWS = 512 };
 /* Partial gradients stay below this many elements where two splits suffice. */
 enum { SPLIT_ELEMENTS = 1 << 21 };
 /* Lanes of the widest vector of reals. */
@@ -18,7 +18,7 @@ enum { BOFT_MOST_LANES = 16 };
 static int64_t packed_reals(const boft_plan *plan)
 {
     const int64_t vectors_of_a_tile = 2 * boft_tile_channels(plan) + BOFT_MOST_LANES;
-    const int64_t tiles = (boft_span_channels(plan) + boft_tile_channels(plan) - 1) / boft_tile_channels(plan);
+    const int64_t tiles = boft_quotient_up(boft_span_channels(plan), boft_tile_channels(plan));
     return plan->levels == 1 && 2 * plan->super <= BOFT_MOST_LANES ? tiles * vectors_of_a_tile * plan->super : 0;
 }
 
@@ -65,11 +65,13 @@ boft_status boft_rotate(const boft_rotate_args *args, int64_t begin, int64_t end
 
 int64_t boft_rotate_backward_splits(const boft_plan *plan, int64_t rows)
 {
-    int64_t across = boft_spans(plan);
-    int64_t splits = (TASKS + across - 1) / across;
-    splits = boft_min(splits, (rows + SPLIT_ROWS - 1) / SPLIT_ROWS);
-    splits = boft_min(splits, boft_max(2, SPLIT_ELEMENTS / plan->count));
-    return boft_max(splits, 1);
+    const int64_t wanted = boft_max(boft_quotient_up(TASKS, boft_spans(plan)), boft_quotient_up(rows, PART_ROWS));
+    const int64_t most = boft_max(2, SPLIT_ELEMENTS / plan->count);
+    /* A split costs a pass over the blocks, so it should sum as many rows as one of scale's. */
+    int64_t splits = boft_scale_backward_splits(rows);
+    while (splits > 1 && (splits > most || splits / 2 >= wanted))
+        splits /= 2;
+    return splits;
 }
 
 int64_t boft_rotate_backward_tasks(const boft_plan *plan, int64_t rows)

@@ -251,7 +251,8 @@ VEC_ATTR static void pairs_rotate_backward(const boft_rotate_backward_args *args
     for (int64_t task = begin; task < end; task++) {
         const int64_t split = task / across, channel = task % across * span;
         const int64_t groups = boft_min(span, plan->d - channel) / group;
-        const int64_t first = args->rows * split / splits, past = args->rows * (split + 1) / splits;
+        const int64_t first = boft_split_begin(args->rows, split, splits);
+        const int64_t past = boft_split_begin(args->rows, split + 1, splits);
         float *dblocks = args->dblocks ? (float *)args->dblocks + split * plan->count + channel * group : NULL;
         if (args->dx)
             pairs_pack(group, groups, (const float *)args->blocks_back + channel * group, workspace);

@@ -367,7 +367,8 @@ VEC_ATTR static void FN(rotate_backward)(const boft_rotate_backward_args *args, 
     for (int64_t task = begin; task < end; task++) {
         const int64_t split = task / across, channel = task % across * span;
         const int64_t channels = boft_min(span, plan->d - channel);
-        const int64_t first = args->rows * split / splits, past = args->rows * (split + 1) / splits;
+        const int64_t first = boft_split_begin(args->rows, split, splits);
+        const int64_t past = boft_split_begin(args->rows, split + 1, splits);
         REAL *dblocks = args->dblocks ? (REAL *)args->dblocks + split * plan->count : NULL;
         for (int64_t i = 0; dblocks && first == past && i < plan->levels; i++)
             memset(dblocks + boft_tile_blocks(&plan->level[i], channel), 0,

@@ -304,7 +304,8 @@ static void FN(rotate_backward)(const boft_rotate_backward_args *args, int64_t b
             memset(dblocks + boft_tile_blocks(&plan->level[i], channel), 0,
                    (size_t)((past - channel) * plan->level[i].group) * sizeof(REAL));
         for (int64_t from = channel; from < past; from += tile)
-            FN(rotate_backward_tile)(args, args->rows * split / splits, args->rows * (split + 1) / splits, from,
+            FN(rotate_backward_tile)(args, boft_split_begin(args->rows, split, splits),
+                                     boft_split_begin(args->rows, split + 1, splits), from,
                                      boft_min(tile, past - from), dblocks, workspace);
     }
 }
@@ -322,11 +323,12 @@ static void FN(scale)(const boft_scale_args *args, int64_t begin, int64_t end)
 static void FN(scale_backward)(const boft_scale_backward_args *args, int64_t begin, int64_t end)
 {
     const REAL *s = args->s, *bias = args->bias;
+    const int64_t splits = boft_scale_backward_splits(args->rows);
     for (int64_t split = begin; split < end; split++) {
         REAL *ds = args->ds ? (REAL *)args->ds + split * args->n : NULL;
         REAL *dbias = args->dbias ? (REAL *)args->dbias + split * args->n : NULL;
-        const int64_t first = split * BOFT_SCALE_SPLIT_ROWS;
-        const int64_t past = boft_min(first + BOFT_SCALE_SPLIT_ROWS, args->rows);
+        const int64_t first = boft_split_begin(args->rows, split, splits);
+        const int64_t past = boft_split_begin(args->rows, split + 1, splits);
         for (int64_t j = 0; j < args->n; j++) {
             REAL ds_sum = 0, dbias_sum = 0;
             for (int64_t t = first; t < past; t++) {

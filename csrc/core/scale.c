@@ -23,7 +23,10 @@ boft_status boft_scale(const boft_scale_args *args, int64_t begin, int64_t end)
 
 int64_t boft_scale_backward_splits(int64_t rows)
 {
-    return boft_max(1, (rows + BOFT_SCALE_SPLIT_ROWS - 1) / BOFT_SCALE_SPLIT_ROWS);
+    int64_t splits = 1;
+    while (splits * BOFT_SPLIT_ROWS < rows)
+        splits *= 2;
+    return splits;
 }
 
 boft_status boft_scale_backward(const boft_scale_backward_args *args, int64_t begin, int64_t end)

@@ -125,9 +125,10 @@ VEC_FN void DATA_FN(scale_backward_rows)(const boft_scale_backward_args *args, c
 VEC_ATTR static void DATA_FN(scale_backward)(const boft_scale_backward_args *args, int64_t begin, int64_t end)
 {
     const REAL *s = args->s;
+    const int64_t splits = boft_scale_backward_splits(args->rows);
     for (int64_t split = begin; split < end; split++) {
-        const int64_t first = split * BOFT_SCALE_SPLIT_ROWS;
-        const int64_t past = boft_min(first + BOFT_SCALE_SPLIT_ROWS, args->rows);
+        const int64_t first = boft_split_begin(args->rows, split, splits);
+        const int64_t past = boft_split_begin(args->rows, split + 1, splits);
         REAL *ds = args->ds ? (REAL *)args->ds + split * args->n : NULL;
         REAL *dbias = args->dbias ? (REAL *)args->dbias + split * args->n : NULL;
         int64_t t = first;

@@ -26,8 +26,8 @@ enum {
     BOFT_PAIRS_ROWS_MIN = 16,
     /* Largest group of pairs: 160 still gains (step of a 1280 x 1280 layer 1.57 times frozen instead of 1.67). */
     BOFT_PAIRS_GROUP_MOST = 256,
-    /* Rows whose products one split of scale's backward sums. */
-    BOFT_SCALE_SPLIT_ROWS = 256,
+    /* Rows at most that one split of scale's backward sums, and in which the splits of rotate's backward end. */
+    BOFT_SPLIT_ROWS = 128,
 };
 
 static inline int64_t boft_min(int64_t a, int64_t b)
@@ -38,6 +38,17 @@ static inline int64_t boft_min(int64_t a, int64_t b)
 static inline int64_t boft_max(int64_t a, int64_t b)
 {
     return a > b ? a : b;
+}
+
+static inline int64_t boft_quotient_up(int64_t a, int64_t b)
+{
+    return (a + b - 1) / b;
+}
+
+/* The first row of split i of n: the splits of a sum over rows, here and in boft.h. */
+static inline int64_t boft_split_begin(int64_t rows, int64_t i, int64_t n)
+{
+    return rows * i / n;
 }
 
 /* Whether groups fill half a vector at most, or one or two vectors: they have loops of their own, over few rows. */
@@ -70,7 +81,7 @@ static inline int boft_goes_in_pairs(const boft_plan *plan)
 /* Channels of a tile: a multiple of plan->super, at most d. Every tile of a span but the last has this many. */
 static inline int64_t boft_tile_channels(const boft_plan *plan)
 {
-    const int64_t channels = (BOFT_TILE_CHANNELS + plan->super - 1) / plan->super * plan->super;
+    const int64_t channels = boft_quotient_up(BOFT_TILE_CHANNELS, plan->super) * plan->super;
     return boft_min(channels, plan->d);
 }
 
@@ -84,7 +95,7 @@ static inline int64_t boft_span_channels(const boft_plan *plan)
 static inline int64_t boft_spans(const boft_plan *plan)
 {
     const int64_t channels = boft_span_channels(plan);
-    return (plan->d + channels - 1) / channels;
+    return boft_quotient_up(plan->d, channels);
 }
 
 #endif

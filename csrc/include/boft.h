@@ -57,8 +57,9 @@ BOFT_API const char *boft_last_error(void);
 /* ---- Choice of kernels ------------------------------------------------------------------------------------------ */
 
 /*
- * The variants this build knows, best first, by index from 0: "avx512bf16", "avx512", "avx2", "portable", "scalar";
- * NULL past the end. "scalar" is the reference that all others are tested against; "portable" uses compiler vectors and no x86 header.
+ * The variants this build knows, by index from 0, each able to do more than the next: "avx512bf16", "avx512", "avx2",
+ * "portable", "scalar"; NULL past the end. "scalar" is the reference that all others are tested against; "portable" uses
+ * compiler vectors and no x86 header.
  */
 BOFT_API const char *boft_cpu_variant(int index);
 
@@ -66,9 +67,10 @@ BOFT_API const char *boft_cpu_variant(int index);
 BOFT_API int boft_cpu_supported(const char *name);
 
 /*
- * Use the variant `name` from now on; NULL means the environment variable BOFT_CPU if set, otherwise the best that is
- * supported. BOFT_BAD_ARGUMENT if it is unknown or not supported; the choice then stays. Without a call, the first
- * kernel chooses as for NULL, falling back to the best on a bad BOFT_CPU. Not while other threads run kernels.
+ * Use the variant `name` from now on; NULL means the environment variable BOFT_CPU if set, otherwise the fastest that is
+ * supported (on Intel's processors avx512, although they have the instructions of avx512bf16). BOFT_BAD_ARGUMENT if it is
+ * unknown or not supported; the choice then stays. Without a call, the first kernel chooses as for NULL, falling back to
+ * the fastest on a bad BOFT_CPU. Not while other threads run kernels.
  */
 BOFT_API boft_status boft_cpu_select(const char *name);
 
@@ -166,8 +168,9 @@ BOFT_API boft_status boft_rotate(const boft_rotate_args *args, int64_t begin, in
 
 /*
  * Backward in one pass over x and dy: dx = dy R^T (dy R when transpose is 1) and the gradient of the blocks.
- * The sum over rows is split as the shape alone prescribes, into boft_rotate_backward_splits() parts that
- * boft_sum_splits adds in order, so gradients are bitwise the same for every division into ranges.
+ * The sum over rows is split as the shape alone prescribes, into n = boft_rotate_backward_splits() parts that
+ * boft_sum_splits adds in order, so gradients are bitwise the same for every division into ranges. n is a power of two,
+ * and split i has the rows T i / n ... T (i + 1) / n - 1: those of one split are those of several where n is larger.
  */
 typedef struct boft_rotate_backward_args {
     const boft_plan *plan;
@@ -188,7 +191,8 @@ typedef struct boft_rotate_backward_args {
 /* Row splits of the gradient of the blocks, from the shape alone; at least 1. */
 BOFT_API int64_t boft_rotate_backward_splits(const boft_plan *plan, int64_t rows);
 
-/* Independent tasks that boft_rotate_backward's range counts. With rows == 0 there is still work: zero gradients. */
+/* Independent tasks that boft_rotate_backward's range counts, equally many for each split and in the order of splits.
+ * With rows == 0 there is still work: zero gradients. */
 BOFT_API int64_t boft_rotate_backward_tasks(const boft_plan *plan, int64_t rows);
 
 BOFT_API size_t boft_rotate_backward_workspace(const boft_plan *plan, boft_dtype dtype);
@@ -239,7 +243,7 @@ typedef struct boft_scale_backward_args {
     int bias_detached;
 } boft_scale_backward_args;
 
-/* Row splits of ds and dbias, from the number of rows alone; at least 1. */
+/* Row splits of ds and dbias, from the number of rows alone: a power of two, no less than rotate has for as many rows. */
 BOFT_API int64_t boft_scale_backward_splits(int64_t rows);
 
 /* Splits begin ... end-1 of ds and dbias and the rows of dz that belong to them. */

@@ -33,7 +33,10 @@ struct BlocksBackward {
   at::Tensor dblocks, q, da;
 };
 
-// rotate.cpp. `blocks` as given: a caller whose kernels want them transposed says so in args.
+// rotate.cpp. The plan for x (..., d), which the blocks must fit.
+boft_plan check_rotate(const at::Tensor& x, const at::Tensor& blocks, int64_t b, int64_t m);
+
+// `blocks` as given: a caller whose kernels want them transposed says so in args.
 struct Rotate {
   Rotate(const at::Tensor& x, const at::Tensor& blocks, int64_t b, int64_t m, bool transpose);
   Rotate(const Rotate&) = delete;
@@ -57,7 +60,20 @@ struct RotateBackward {
   boft_rotate_backward_args args;
 };
 
-// scale.cpp. The scale and the bias, undefined without one, as contiguous vectors of the arithmetic's dtype.
+// A RotateBackward of the CPU kernels, which need the blocks in the other orientation too and room for the
+// gradients of all splits; `sum` adds these up once every task is done.
+struct RotateBackwardSplits : RotateBackward {
+  RotateBackwardSplits(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& blocks, int64_t b, int64_t m,
+                       bool transpose, bool need_x, bool need_blocks, bool in_place);
+  void sum();
+  int64_t splits;
+  at::Tensor flipped, parts;
+};
+
+// scale.cpp. A scale or bias of n values as a contiguous vector of the arithmetic's dtype.
+at::Tensor real_vector(const at::Tensor& values, int64_t n, at::ScalarType real, const char* what);
+
+// The scale and the bias, undefined without one, as such vectors.
 struct Scale {
   Scale(const at::Tensor& z, const at::Tensor& s, const std::optional<at::Tensor>& bias);
   Scale(const Scale&) = delete;
@@ -82,6 +98,9 @@ struct ScaleBackward {
   at::Tensor dz, ds, dbias;
   boft_scale_backward_args args;
 };
+
+// Sums over rows, one vector per split, added in order: the gradient of `parameter`.
+at::Tensor sum_splits(const at::Tensor& parts, const at::Tensor& parameter);
 
 // A sum of n values with the shape and dtype of the parameter that it is the gradient of.
 at::Tensor shaped_like(const at::Tensor& sum, const at::Tensor& parameter);

@@ -18,18 +18,6 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// The plan for x (..., d), which the blocks must fit.
-boft_plan check_rotate(const Tensor& x, const Tensor& blocks, int64_t b, int64_t m) {
-  TORCH_CHECK_VALUE(x.dim() >= 1, "rotate: x needs at least one axis");
-  const boft_plan plan = make_plan(x.size(-1), b, m);
-  TORCH_CHECK_VALUE(blocks.numel() == plan.count, "rotate: ", blocks.numel(), " elements of blocks do not fit ", plan.d,
-                    " channels with b = ", plan.b, " and m = ", plan.m, ", which have ", plan.count);
-  const at::ScalarType real = real_dtype(x.scalar_type());
-  TORCH_CHECK_TYPE(blocks.scalar_type() == real, "rotate: ", x.scalar_type(), " data needs ", real, " blocks, got ",
-                   blocks.scalar_type());
-  return plan;
-}
-
 boft_plan check_rotate_backward(const Tensor& dy, const Tensor& x, const Tensor& blocks, int64_t b, int64_t m,
                                 bool need_blocks) {
   const boft_plan plan = check_rotate(dy, blocks, b, m);
@@ -60,6 +48,17 @@ Tensor transposed(const boft_plan& plan, const Tensor& blocks) {
 }
 
 }  // namespace
+
+boft_plan check_rotate(const Tensor& x, const Tensor& blocks, int64_t b, int64_t m) {
+  TORCH_CHECK_VALUE(x.dim() >= 1, "rotate: x needs at least one axis");
+  const boft_plan plan = make_plan(x.size(-1), b, m);
+  TORCH_CHECK_VALUE(blocks.numel() == plan.count, "rotate: ", blocks.numel(), " elements of blocks do not fit ", plan.d,
+                    " channels with b = ", plan.b, " and m = ", plan.m, ", which have ", plan.count);
+  const at::ScalarType real = real_dtype(x.scalar_type());
+  TORCH_CHECK_TYPE(blocks.scalar_type() == real, "rotate: ", x.scalar_type(), " data needs ", real, " blocks, got ",
+                   blocks.scalar_type());
+  return plan;
+}
 
 Rotate::Rotate(const Tensor& x, const Tensor& blocks_any, int64_t b, int64_t m, bool transpose)
     : dtype(data_dtype(x, "x")),
@@ -202,30 +201,39 @@ RotateBackward::RotateBackward(const Tensor& dy, const Tensor& x, const Tensor& 
   args.dblocks = need_blocks ? dblocks.mutable_data_ptr() : nullptr;
 }
 
+RotateBackwardSplits::RotateBackwardSplits(const Tensor& dy, const Tensor& x, const Tensor& blocks_any, int64_t b,
+                                           int64_t m, bool transpose, bool need_x, bool need_blocks, bool in_place)
+    : RotateBackward(dy, x, blocks_any, b, m, transpose, need_x, need_blocks, in_place),
+      splits(boft_rotate_backward_splits(&plan, grad.rows)) {
+  const bool several = plan.levels > 1;
+  // Going back from x R needs the other orientation for dx, and from x R^T for the inputs between levels.
+  const bool need_flipped = transpose ? need_blocks && several : need_x || several;
+  flipped = need_flipped ? transposed(plan, blocks) : blocks;
+  args.blocks = (transpose ? flipped : blocks).const_data_ptr();
+  args.blocks_back = (transpose ? blocks : flipped).const_data_ptr();
+  if (!need_blocks || splits == 1) return;
+  parts = at::empty({splits, plan.count}, blocks.options());
+  args.dblocks = parts.mutable_data_ptr();
+}
+
+void RotateBackwardSplits::sum() {
+  if (!parts.defined()) return;
+  parallel(plan.count, plan.count * splits, 0, [&](int64_t begin, int64_t end, void*) {
+    return boft_sum_splits(data_dtype(parts, "dblocks"), splits, plan.count, parts.const_data_ptr(),
+                           dblocks.mutable_data_ptr(), begin, end);
+  });
+}
+
 std::tuple<Tensor, Tensor> rotate_backward_cpu(const Tensor& dy, const Tensor& x, const Tensor& blocks, int64_t b,
                                                int64_t m, bool transpose, bool need_x, bool need_blocks,
                                                bool in_place) {
-  RotateBackward call(dy, x, blocks, b, m, transpose, need_x, need_blocks, in_place);
+  RotateBackwardSplits call(dy, x, blocks, b, m, transpose, need_x, need_blocks, in_place);
   const boft_plan& plan = call.plan;
-  const int64_t rows = call.grad.rows, splits = boft_rotate_backward_splits(&plan, rows);
-  const bool several = plan.levels > 1;
-  // The other orientation: going back from x R needs it for dx, and from x R^T for the inputs between levels.
-  const bool need_flipped = transpose ? need_blocks && several : need_x || several;
-  const Tensor flipped = need_flipped ? transposed(plan, call.blocks) : call.blocks;
-  call.args.blocks = (transpose ? flipped : call.blocks).const_data_ptr();
-  call.args.blocks_back = (transpose ? call.blocks : flipped).const_data_ptr();
-  const bool sum = need_blocks && splits > 1;
-  const Tensor parts = sum ? at::empty({splits, plan.count}, call.blocks.options()) : call.dblocks;
-  if (sum) call.args.dblocks = parts.mutable_data_ptr();
+  const int64_t rows = call.grad.rows;
   parallel(boft_rotate_backward_tasks(&plan, rows), rows * plan.d * work_per_element(plan) * 2,
            boft_rotate_backward_workspace(&plan, call.dtype),
            [&](int64_t begin, int64_t end, void* ws) { return boft_rotate_backward(&call.args, begin, end, ws); });
-  if (sum) {
-    parallel(plan.count, plan.count * splits, 0, [&](int64_t begin, int64_t end, void*) {
-      return boft_sum_splits(data_dtype(parts, "dblocks"), splits, plan.count, parts.const_data_ptr(),
-                             call.dblocks.mutable_data_ptr(), begin, end);
-    });
-  }
+  call.sum();
   return {call.dx, call.dblocks};
 }
 

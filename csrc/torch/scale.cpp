@@ -13,15 +13,6 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// A scale or bias of n values as a contiguous vector of the arithmetic's dtype.
-Tensor real_vector(const Tensor& values, int64_t n, at::ScalarType real, const char* what) {
-  TORCH_CHECK_VALUE(values.numel() == n, "scale: ", n, " outputs need ", n, " values of ", what, ", got ",
-                    values.sizes());
-  TORCH_CHECK_TYPE(values.is_floating_point(), "scale: ", what, " is ", values.scalar_type());
-  // Only its data is read, so a vector that is right already is not reshaped.
-  return values.scalar_type() == real && values.is_contiguous() ? values : values.reshape({n}).to(real).contiguous();
-}
-
 int64_t outputs_of(const Tensor& z) {
   TORCH_CHECK_VALUE(z.dim() >= 1, "scale: z needs at least one axis");
   return z.size(-1);
@@ -45,7 +36,16 @@ const void* data_or_null(const Tensor& tensor) {
   return tensor.defined() ? tensor.const_data_ptr() : nullptr;
 }
 
-// Sums over rows, one vector per split, added in order: the gradient of `parameter`.
+}  // namespace
+
+Tensor real_vector(const Tensor& values, int64_t n, at::ScalarType real, const char* what) {
+  TORCH_CHECK_VALUE(values.numel() == n, "scale: ", n, " outputs need ", n, " values of ", what, ", got ",
+                    values.sizes());
+  TORCH_CHECK_TYPE(values.is_floating_point(), "scale: ", what, " is ", values.scalar_type());
+  // Only its data is read, so a vector that is right already is not reshaped.
+  return values.scalar_type() == real && values.is_contiguous() ? values : values.reshape({n}).to(real).contiguous();
+}
+
 Tensor sum_splits(const Tensor& parts, const Tensor& parameter) {
   const boft_dtype real = data_dtype(parts, "sums");
   const int64_t splits = parts.size(0), n = parts.size(1);
@@ -55,8 +55,6 @@ Tensor sum_splits(const Tensor& parts, const Tensor& parameter) {
   });
   return shaped_like(sum, parameter);
 }
-
-}  // namespace
 
 Tensor shaped_like(const Tensor& sum, const Tensor& parameter) {
   return sum.to(parameter.scalar_type()).view(parameter.sizes());
