@@ -252,7 +252,8 @@ VEC_FN void FN(rotate_tile)(const boft_rotate_args *args, const FN(lanes) *lanes
 VEC_ATTR static void FN(rotate)(const boft_rotate_args *args, int64_t begin, int64_t end, void *workspace)
 {
     const boft_plan *plan = args->plan;
-    const int64_t tile = boft_tile_channels(plan), span = boft_span_channels(plan), tall = boft_tile_rows(plan);
+    const int64_t tile = boft_tile_channels(plan), span = boft_span_channels(plan);
+    const int64_t tall = boft_tile_rows(plan), band = boft_band_rows(tall);
     for (int64_t first = 0; first < plan->d; first += span) {
         const int64_t past = boft_min(first + span, plan->d);
         FN(lanes) lanes = FN(lanes_of)(plan, first);
@@ -261,10 +262,11 @@ VEC_ATTR static void FN(rotate)(const boft_rotate_args *args, int64_t begin, int
             FN(lanes_pack)(&lanes, past - first, args->blocks, strips);
             strips += FN(lanes_size)(&lanes, past - first);
         }
-        for (int64_t row = begin; row < end; row += tall)
+        for (int64_t at = begin; at < end; at += band)
             for (int64_t channel = first; channel < past; channel += tile)
-                FN(rotate_tile)(args, &lanes, row, boft_min(tall, end - row), channel, boft_min(tile, past - channel),
-                                strips);
+                for (int64_t row = at; row < boft_min(at + band, end); row += tall)
+                    FN(rotate_tile)(args, &lanes, row, boft_min(tall, end - row), channel,
+                                    boft_min(tile, past - channel), strips);
     }
 }
 
@@ -364,6 +366,7 @@ VEC_ATTR static void FN(rotate_backward)(const boft_rotate_backward_args *args, 
     const boft_plan *plan = args->plan;
     const int64_t tile = boft_tile_channels(plan), span = boft_span_channels(plan), across = boft_spans(plan);
     const int64_t splits = boft_rotate_backward_splits(plan, args->rows), tall = boft_backward_tile_rows(plan);
+    const int64_t band = boft_band_rows(tall);
     for (int64_t task = begin; task < end; task++) {
         const int64_t split = task / across, channel = task % across * span;
         const int64_t channels = boft_min(span, plan->d - channel);
@@ -385,10 +388,11 @@ VEC_ATTR static void FN(rotate_backward)(const boft_rotate_backward_args *args, 
             memset(lanes.gradients, 0, (size_t)size * sizeof(REAL));
             strips += 2 * size;
         }
-        for (int64_t row = first; row < past; row += tall)
+        for (int64_t at = first; at < past; at += band)
             for (int64_t from = channel; from < channel + channels; from += tile)
-                FN(rotate_backward_tile)(args, &lanes, row, boft_min(tall, past - row), from,
-                                         boft_min(tile, channel + channels - from), dblocks, row > first, strips);
+                for (int64_t row = at; row < boft_min(at + band, past); row += tall)
+                    FN(rotate_backward_tile)(args, &lanes, row, boft_min(tall, past - row), from,
+                                             boft_min(tile, channel + channels - from), dblocks, row > first, strips);
         if (lanes.group && dblocks)
             FN(lanes_unpack)(&lanes, channels, dblocks);
     }
