@@ -1,12 +1,10 @@
 /* From parameters to the collapsed blocks of all levels and back: checks, and the choice of kernels. */
 #include "blocks_group.cuh"
-#include "blocks_invert.cuh"
-#include "blocks_product.cuh"
+#include "blocks_large.cuh"
 
-/* ---- Blocks of at most 32 x 32: one launch ---------------------------------------------------------------------- */
+/* ---- Blocks of at most 32 x 32 ----------------------------------------------------------------------------------- */
 
 enum { GROUP_LARGEST_B = 32, GROUP_LEAST_THREADS = 64, STRIP_ROWS = 64, LITTLE_SHARED_BYTES = 48 * 1024 };
-
 
 static int lanes_of_block(int64_t b)
 {
@@ -109,99 +107,120 @@ static boft_status make_groups_backward(const boft_plan *plan, const T *dblocks,
     return launched("cuda blocks backward");
 }
 
-/* ---- Larger blocks: several launches ---------------------------------------------------------------------------- */
+/* ---- Larger blocks ---------------------------------------------------------------------------------------------- */
 
 static size_t larger(size_t a, size_t b)
 {
     return a > b ? a : b;
 }
 
-/* Elements of rows after 0 ... count-3 of the level that has most of them. */
-static int64_t most_rows(const boft_plan *plan)
-{
-    int64_t most = 0;
-    for (int64_t l = 0; l < plan->levels; l++) {
-        const int64_t size = rows_in_workspace_size(plan, l);
-        most = size > most ? size : most;
-    }
-    return most;
-}
-
 static size_t large_workspace(const boft_plan *plan, size_t real)
 {
     const int64_t blocks = plan->m * plan->blocks;
-    const size_t rows = (size_t)most_rows(plan) * real, backward = (size_t)(2 * blocks * plan->b * plan->b) * real;
+    const size_t rows = (size_t)rows_before_level(*plan, plan->levels) * real;
+    const size_t backward = (size_t)(2 * blocks * plan->b * plan->b) * real;
     const size_t inverses = plan->b > INVERT_SHARED_B ? invert_room_bytes(blocks, plan->b) : 0;
     return larger(larger(2 * rows, backward), inverses);
 }
 
-template <class T, product_kind KIND>
-static boft_status launch_product(const boft_plan *plan, int64_t level, int f, const product_data<T> &data,
-                                  void *stream)
+static void add_step(product_steps *steps, product_kind kind, int64_t level, int64_t f, int waits)
 {
-    const product_shape shape = shape_of_product(KIND, plan, level, f);
-    const unsigned across = (unsigned)(shape.columns + PRODUCT_TILE - 1) / PRODUCT_TILE;
-    const unsigned tiles = across * ((unsigned)(shape.rows + PRODUCT_TILE - 1) / PRODUCT_TILE);
-    LAUNCH((multiply<T, KIND>), (unsigned)(shape.pieces * tiles), PRODUCT_THREADS, 0, stream, *plan, (int)level, f,
-           shape, tiles, data);
-    return launched("cuda blocks: a product");
+    steps->step[steps->count++] = {(unsigned char)kind, (unsigned char)level, (unsigned char)f, (unsigned char)waits};
 }
 
-/* Q of all blocks, and the collapsed blocks of levels of one factor. */
-template <class T>
-static boft_status make_large_q(const boft_plan *plan, const T *a, const unsigned char *keep, T *q, T *blocks,
-                                void *workspace, void *stream)
+/* The most factors of a level. */
+static int64_t most_factors(const boft_plan *plan)
 {
-    const int64_t count = plan->m * plan->blocks, b = plan->b;
-    boft_status status;
-    if (b <= INVERT_SHARED_B) {
-        const size_t bytes = invert_shared_bytes((int)b);
-        if ((status = allow_shared(cayley_in_shared<T>, bytes, "cuda blocks")))
-            return status;
-        LAUNCH((cayley_in_shared<T>), (unsigned)count, INVERT_THREADS, bytes, stream, *plan, a, keep, q, blocks);
-        return launched("cuda blocks");
-    }
-    const invert_room room = invert_room_of(workspace, count, b);
-    const int64_t quarters = (int64_t)quarter((int)b) * quarter((int)b);
-    const unsigned across_tiles = (unsigned)((quarters + INVERT_THREADS - 1) / INVERT_THREADS);
-    const unsigned across = (unsigned)((b * b + INVERT_THREADS - 1) / INVERT_THREADS);
-    LAUNCH((skew<T, double>), (unsigned)(count * skew_tiles(b)), INVERT_THREADS, 0, stream, b, a, keep, 0.5, room.x,
-           room.partial);
-    status = launched("cuda blocks");
-    for (int k = 0; k < b && !status; k += WIDE_PANEL) {
-        LAUNCH((eliminate_panels), (unsigned)count, PANEL_THREADS, 0, stream, room, b, k);
-        LAUNCH((transform), (unsigned)(count * across_tiles), INVERT_THREADS, 0, stream, room, b, k, across_tiles);
-        status = launched("cuda blocks");
-    }
-    if (status)
-        return status;
-    LAUNCH((finish_cayley<T>), (unsigned)(count * across), INVERT_THREADS, 0, stream, *plan, room, across, q, blocks);
-    return launched("cuda blocks");
+    int64_t most = 0;
+    for (int64_t l = 0; l < plan->levels; l++)
+        most = plan->level[l].factors > most ? plan->level[l].factors : most;
+    return most;
 }
 
-/* Rows after count-3 ... stop of a level from the blocks q; after -1 they are its collapsed blocks. */
-template <class T>
-static boft_status multiply_rows(const boft_plan *plan, int64_t level, int stop, const product_data<T> &data,
-                                 void *stream)
+/* A phase for each factor below the top one of its level: rows after count-3 ... -1. */
+static product_steps steps_forward(const boft_plan *plan)
 {
-    boft_status status = BOFT_OK;
-    for (int f = (int)plan->level[level].factors - 2; f > stop && !status; f--)
-        status = launch_product<T, ROWS>(plan, level, f, data, stream);
-    return status;
+    product_steps steps = {};
+    for (int64_t down = 2; down <= most_factors(plan); down++) {
+        int waits = 1;
+        for (int64_t l = 0; l < plan->levels; l++)
+            if (plan->level[l].factors >= down) {
+                add_step(&steps, ROWS, l, plan->level[l].factors - down, waits);
+                waits = 0;
+            }
+    }
+    return steps;
+}
+
+/*
+ * In phase p, rows after count-3-p, which the gradients of factors need, and the gradients of rows after p; then the
+ * gradients of those factors f that have both since then: rows after f, and the gradients of rows after f-1. At the end
+ * Cayley's two.
+ */
+static product_steps steps_backward(const boft_plan *plan)
+{
+    product_steps steps = {};
+    for (int64_t p = 0; p < most_factors(plan) - 1; p++) {
+        int waits = p > 0;
+        for (int64_t l = 0; l < plan->levels; l++) {
+            const int64_t top = plan->level[l].factors - 2;
+            if (p > top)
+                continue;
+            add_step(&steps, ROW_GRADIENTS, l, p, waits);
+            waits = 0;
+            if (top - p > 0)
+                add_step(&steps, ROWS, l, top - p, 0);
+            for (int64_t f = 0; f <= top; f++)
+                if ((f > top - f ? f : top - f) == p)
+                    add_step(&steps, FACTOR_GRADIENT, l, f, 0);
+        }
+    }
+    add_step(&steps, CAYLEY_HALF, 0, 0, steps.count > 0);
+    add_step(&steps, CAYLEY_WHOLE, 0, 0, 1);
+    return steps;
+}
+
+/* CUDA blocks with something to do in the steps, or `others` if these are more. */
+static unsigned most_tasks(const boft_plan *plan, const product_steps &steps, unsigned others)
+{
+    unsigned most = others, of_phase = 0;
+    for (int i = 0; i < steps.count; i++) {
+        const product_shape shape = shape_of_step(*plan, steps.step[i]);
+        of_phase = (steps.step[i].waits ? 0 : of_phase) + shape.pieces * shape.tiles;
+        most = of_phase > most ? of_phase : most;
+    }
+    return most;
 }
 
 template <class T>
 static boft_status make_large(const boft_plan *plan, const T *a, const unsigned char *keep, T *q, T *blocks,
                               void *workspace, void *stream)
 {
+    const product_steps steps = steps_forward(plan);
+    const int wide = plan->b > INVERT_SHARED_B;
+    const unsigned count = (unsigned)(plan->m * plan->blocks);
+    const unsigned tasks = most_tasks(plan, steps, wide ? count * skew_tiles(plan->b) : count);
     product_data<T> data = {};
     data.q = q;
     data.rows = (T *)workspace;
     data.blocks = blocks;
-    boft_status status = make_large_q(plan, a, keep, q, blocks, workspace, stream);
-    for (int64_t l = 0; l < plan->levels && !status; l++)
-        status = multiply_rows(plan, l, -1, data, stream);
-    return status;
+    boft_status status;
+    if (!wide) {
+        const size_t bytes = larger(invert_shared_bytes((int)plan->b), product_shared_bytes(LARGE_THREADS, sizeof(T)));
+        if ((status = allow_shared(large_blocks<T>, bytes, "cuda blocks")))
+            return status;
+        LAUNCH_COOPERATIVE((large_blocks<T>), tasks, LARGE_THREADS, bytes, stream, *plan, steps, data, a, keep, q,
+                           blocks);
+        return launched("cuda blocks");
+    }
+    const invert_room room = invert_room_of(workspace, count, plan->b);
+    const size_t bytes = larger(larger(panel_shared_bytes(plan->b), skew_shared_bytes(sizeof(double))),
+                                product_shared_bytes(WIDE_THREADS, sizeof(T)));
+    if ((status = allow_shared(wide_blocks<T>, bytes, "cuda blocks")))
+        return status;
+    LAUNCH_COOPERATIVE((wide_blocks<T>), tasks, WIDE_THREADS, bytes, stream, *plan, steps, data, room, a, keep, q,
+                       blocks);
+    return launched("cuda blocks");
 }
 
 template <class T>
@@ -209,44 +228,37 @@ static boft_status make_large_backward(const boft_plan *plan, const T *dblocks, 
                                        T *da, void *workspace, void *stream)
 {
     const int64_t blocks = plan->m * plan->blocks, b = plan->b;
+    const product_steps steps = steps_backward(plan);
     product_data<T> data = {};
     data.q = q;
     data.dblocks = dblocks;
     data.da = da;
     data.rows = (T *)workspace;
-    data.gradients = data.rows + most_rows(plan);
+    data.gradients = data.rows + rows_before_level(*plan, plan->levels);
     data.half = (T *)workspace;
     data.whole = data.half + blocks * b * b;
-    boft_status status = BOFT_OK;
-    for (int64_t l = 0; l < plan->levels && !status; l++) {
-        status = multiply_rows(plan, l, 0, data, stream);
-        for (int f = 0; f < plan->level[l].factors - 1 && !status; f++) {
-            status = launch_product<T, FACTOR_GRADIENT>(plan, l, f, data, stream);
-            if (!status)
-                status = launch_product<T, ROW_GRADIENTS>(plan, l, f, data, stream);
-        }
-    }
-    if (status || (status = launch_product<T, CAYLEY_HALF>(plan, 0, 0, data, stream)) ||
-        (status = launch_product<T, CAYLEY_WHOLE>(plan, 0, 0, data, stream)))
+    const size_t bytes = larger(product_shared_bytes(LARGE_THREADS, sizeof(T)), skew_shared_bytes(sizeof(T)));
+    const boft_status status = allow_shared(large_blocks_backward<T>, bytes, "cuda blocks backward");
+    if (status)
         return status;
-    LAUNCH((skew<T, T>), (unsigned)(blocks * skew_tiles(b)), INVERT_THREADS, 0, stream, b, (const T *)data.whole, keep,
-           (T)-0.25, da, (double *)NULL);
+    LAUNCH_COOPERATIVE((large_blocks_backward<T>), most_tasks(plan, steps, (unsigned)blocks * skew_tiles(b)),
+                       LARGE_THREADS, bytes, stream, *plan, steps, data, keep);
     return launched("cuda blocks backward");
 }
 
 /* ---- Interface -------------------------------------------------------------------------------------------------- */
 
-/* More CUDA blocks than a launch can have might be needed beyond 64 GiB of float32. */
+/* Kernels count their tasks, of which a launch may have 2^31, in 32 bits: enough up to 64 GiB of float32. */
 static const int64_t most_numbers = (int64_t)1 << 34;
 
-static int in_one_launch(const boft_plan *plan)
+static int in_groups(const boft_plan *plan)
 {
     return plan->b <= GROUP_LARGEST_B;
 }
 
 extern "C" size_t boft_cuda_blocks_workspace(const boft_plan *plan, boft_dtype dtype)
 {
-    return in_one_launch(plan) ? 0 : large_workspace(plan, dtype == BOFT_F64 ? sizeof(double) : sizeof(float));
+    return in_groups(plan) ? 0 : large_workspace(plan, dtype == BOFT_F64 ? sizeof(double) : sizeof(float));
 }
 
 static boft_status check_blocks(const char *what, const boft_plan *plan, boft_dtype dtype, const void *workspace)
@@ -272,7 +284,7 @@ extern "C" boft_status boft_cuda_blocks(const boft_plan *plan, boft_dtype dtype,
         (plan->m > 1 && (status = boft_check_pointer("cuda blocks: q, which m > 1 needs", q))) ||
         (status = boft_check_pointer("cuda blocks: blocks", blocks)))
         return status;
-    if (in_one_launch(plan)) {
+    if (in_groups(plan)) {
         REAL_SWITCH(dtype, T, return make_groups(plan, (const T *)a, keep, (T *)q, (T *)blocks, stream))
     }
     REAL_SWITCH(dtype, T, return make_large(plan, (const T *)a, keep, (T *)q, (T *)blocks, workspace, stream))
@@ -288,7 +300,7 @@ extern "C" boft_status boft_cuda_blocks_backward(const boft_plan *plan, boft_dty
         (status = boft_check_pointer("cuda blocks backward: q", q)) ||
         (status = boft_check_pointer("cuda blocks backward: da", da)))
         return status;
-    if (in_one_launch(plan)) {
+    if (in_groups(plan)) {
         REAL_SWITCH(dtype, T,
                     return make_groups_backward(plan, (const T *)dblocks, (const T *)q, keep, (T *)da, stream))
     }

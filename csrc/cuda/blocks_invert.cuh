@@ -4,15 +4,17 @@
  * The steps of a panel are first taken in its own columns K. In place, these then hold the panel's whole
  * transformation: every other column j becomes A_ij + P_i A_Kj, and P_i A_Kj alone in rows i of K, where P is the panel
  * and A_Kj the rows of K as they were, after the swaps of rows. Blocks of up to INVERT_SHARED_B fit the shared memory
- * that every device has: one CUDA block makes each. Larger ones lie in the workspace, and take two launches a panel.
+ * that every device has: one CUDA block makes each. Larger ones lie in the workspace, and take two phases a panel: one
+ * CUDA block a block makes the panel, in shared memory up to PANEL_SHARED_B, and all of them transform the rest.
  */
 #ifndef BOFT_BLOCKS_INVERT_CUH
 #define BOFT_BLOCKS_INVERT_CUH
 
 #include "blocks_eliminate.cuh"
 #include "blocks_tile.cuh"
+#include "phases.cuh"
 
-enum { PANEL = 16, WIDE_PANEL = 32, INVERT_THREADS = 256, PANEL_THREADS = 512, INVERT_SHARED_B = 96, SKEW_TILE = 32 };
+enum { PANEL = 16, WIDE_PANEL = 32, INVERT_SHARED_B = 96, PANEL_SHARED_B = 368, SKEW_TILE = 32 };
 
 /* For all threads of a CUDA block: the largest `size`, and where: the first of several. A barrier. */
 DEVICE double largest_of_block(double size, int *at)
@@ -53,7 +55,7 @@ template <class Index> struct square {
     int *origin;
 };
 
-/* All threads of a CUDA block: the steps of `width` <= WIDEST columns from k on, in these. pivots: rows taken. */
+/* All threads of a CUDA block: the steps of s.x's `width` <= WIDEST columns, for rows from k on. pivots: rows taken. */
 template <int WIDEST, class Index>
 DEVICE void eliminate_panel(const square<Index> &s, int k, int width, int pivoted, int *pivots)
 {
@@ -61,18 +63,18 @@ DEVICE void eliminate_panel(const square<Index> &s, int k, int width, int pivote
     double *const x = s.x;
     const int column = threadIdx.x % WIDEST;
     for (int l = 0; l < width; l++) {
-        double *const row = x + (k + l) * s.stride + k;
+        double *const row = x + (k + l) * s.stride;
         if (pivoted) {
             double size = -1;
             int p = k + l;
             for (int i = k + l + (int)threadIdx.x; i < s.n; i += blockDim.x)
-                if (fabs(x[i * s.stride + k + l]) > size) {
-                    size = fabs(x[i * s.stride + k + l]);
+                if (fabs(x[i * s.stride + l]) > size) {
+                    size = fabs(x[i * s.stride + l]);
                     p = i;
                 }
             largest_of_block(size, &p);
             if ((int)threadIdx.x < width) {
-                double *const other = x + p * s.stride + k;
+                double *const other = x + p * s.stride;
                 const double swapped = row[column];
                 row[column] = other[column];
                 other[column] = swapped;
@@ -92,7 +94,7 @@ DEVICE void eliminate_panel(const square<Index> &s, int k, int width, int pivote
         __syncthreads();
         for (int first = 0; first < s.n; first += blockDim.x / WIDEST) {
             const int i = first + threadIdx.x / WIDEST, inside = i < s.n && column < width;
-            double *const own = x + i * s.stride + k;
+            double *const own = x + i * s.stride;
             const double factor = inside ? own[l] : 0, before = inside && column != l ? own[column] : 0;
             __syncwarp();
             if (inside)
@@ -173,23 +175,22 @@ static inline __host__ __device__ size_t invert_shared_bytes(int b)
     return (size_t)((b + PANEL) * (b | 1)) * sizeof(double) + (size_t)(b + PANEL) * sizeof(int);
 }
 
-/* One CUDA block for each of the m D blocks; INVERT_THREADS threads. */
+/* All threads of a CUDA block: one of the m D blocks, in invert_shared_bytes. a, keep, q, blocks: boft_cuda_blocks. */
 template <class T>
-__global__ void __launch_bounds__(INVERT_THREADS)
-    cayley_in_shared(const boft_plan plan, const T *a, const unsigned char *keep, T *q, T *blocks)
+DEVICE void cayley_in_shared(const boft_plan &plan, const T *a, const unsigned char *keep, T *q, T *blocks,
+                             int64_t block, double *shared)
 {
-    DYN_SHARED(double, shared);
     const int b = (int)plan.b, size = b * b, ld = b | 1;
-    const int64_t block = blockIdx.x;
     double *const taken = shared + b * ld;
     int *const origin = (int *)(taken + PANEL * ld), *const pivots = origin + b;
     const square<int> s = {shared, ld, b, origin};
     const int kept = !keep || keep[block];
-    for (int i = threadIdx.x; i < size; i += INVERT_THREADS)
+    __syncthreads();
+    for (int i = threadIdx.x; i < size; i += blockDim.x)
         s.x[i / b * ld + i % b] = kept ? a[block * size + i] : 0;
     __syncthreads();
     double largest = 0;
-    for (int n = threadIdx.x; n < size; n += INVERT_THREADS) {
+    for (int n = threadIdx.x; n < size; n += blockDim.x) {
         const int i = n / b, j = n % b;
         double *const here = s.x + i * ld + j, *const there = s.x + j * ld + i;
         if (j > i)
@@ -204,15 +205,15 @@ __global__ void __launch_bounds__(INVERT_THREADS)
     prepare(s, how);
     for (int k = 0; k < b; k += PANEL) {
         const int width = min((int)PANEL, b - k), across = quarter(b);
-        eliminate_panel<PANEL>(s, k, width, how.pivoted, pivots);
+        eliminate_panel<PANEL>(square<int>{s.x + k, ld, b, origin}, k, width, how.pivoted, pivots);
         take_pivot_rows(s, k, width, how.pivoted, pivots, taken);
         __syncthreads();
-        for (int tile = threadIdx.x; tile < across * across; tile += INVERT_THREADS)
+        for (int tile = threadIdx.x; tile < across * across; tile += blockDim.x)
             transform_tile(s, k, width, taken, tile);
         __syncthreads();
     }
     const int64_t place = place_if_single(plan, block);
-    for (int n = threadIdx.x; n < size; n += INVERT_THREADS) {
+    for (int n = threadIdx.x; n < size; n += blockDim.x) {
         const int i = n / b, j = origin[n % b];
         store_q(q, blocks, b, block, place, i * b + j, entry_of_q<T>(how, s.x[i * ld + n % b], i == j));
     }
@@ -230,9 +231,9 @@ struct invert_room {
 };
 
 /* Tiles on and below the diagonal of a b x b matrix. */
-static inline __host__ __device__ int64_t skew_tiles(int64_t b)
+static inline __host__ __device__ unsigned skew_tiles(int64_t b)
 {
-    const int64_t across = (b + SKEW_TILE - 1) / SKEW_TILE;
+    const unsigned across = (unsigned)((b + SKEW_TILE - 1) / SKEW_TILE);
     return across * (across + 1) / 2;
 }
 
@@ -253,49 +254,55 @@ static inline invert_room invert_room_of(void *workspace, int64_t count, int64_t
     return room;
 }
 
+static inline size_t skew_shared_bytes(size_t real)
+{
+    return 2 * SKEW_TILE * (SKEW_TILE + 1) * real;
+}
+
 /*
- * to = half (from - from^T), 0 where keep is 0, for blocks (b, b), a tile and its mirror image a CUDA block of
- * INVERT_THREADS threads; partial: NULL, or the largest entry for each of skew_tiles(b) tiles.
+ * All threads of the grid: to = half (from - from^T), 0 where keep is 0, for `count` blocks (b, b), a tile and its
+ * mirror image a CUDA block at a time, in skew_shared_bytes. partial: NULL, or the largest entry of each tile.
  */
 template <class From, class To>
-__global__ void __launch_bounds__(INVERT_THREADS)
-    skew(int64_t b, const From *from, const unsigned char *keep, To half, To *to, double *partial)
+DEVICE void skew(unsigned count, int64_t b, const From *from, const unsigned char *keep, To half, To *to,
+                 double *partial, To *tile)
 {
-    enum { STRIDE = SKEW_TILE + 1, ROWS = INVERT_THREADS / SKEW_TILE };
-    SHARED(To, tile, SKEW_TILE * STRIDE);
-    SHARED(To, mirror, SKEW_TILE * STRIDE);
-    const int64_t tiles = skew_tiles(b), block = blockIdx.x / tiles, at = blockIdx.x % tiles;
-    int64_t down = 0;
-    while ((down + 1) * (down + 2) / 2 <= at)
-        down++;
-    const int64_t i0 = down * SKEW_TILE, j0 = (at - down * (down + 1) / 2) * SKEW_TILE;
-    const int column = threadIdx.x % SKEW_TILE, kept = !keep || keep[block];
-    from += block * b * b;
-    to += block * b * b;
-    for (int row = threadIdx.x / SKEW_TILE; row < SKEW_TILE; row += ROWS) {
-        if (i0 + row < b && j0 + column < b)
-            tile[row * STRIDE + column] = kept ? (To)from[(i0 + row) * b + j0 + column] : 0;
-        if (j0 + row < b && i0 + column < b)
-            mirror[row * STRIDE + column] = kept ? (To)from[(j0 + row) * b + i0 + column] : 0;
-    }
-    __syncthreads();
-    double largest = 0;
-    for (int row = threadIdx.x / SKEW_TILE; row < SKEW_TILE; row += ROWS) {
-        if (i0 + row < b && j0 + column < b) {
-            const To entry = half * tile[row * STRIDE + column] - half * mirror[column * STRIDE + row];
-            to[(i0 + row) * b + j0 + column] = entry;
-            largest = max(largest, size_of_entry(entry));
+    enum { STRIDE = SKEW_TILE + 1 };
+    To *const mirror = tile + SKEW_TILE * STRIDE;
+    const unsigned tiles = skew_tiles(b);
+    const int column = threadIdx.x % SKEW_TILE, first = threadIdx.x / SKEW_TILE, next = blockDim.x / SKEW_TILE;
+    for (unsigned n = blockIdx.x; n < count * tiles; n += gridDim.x) {
+        const unsigned block = n / tiles, at = n % tiles;
+        unsigned down = 0;
+        while ((down + 1) * (down + 2) / 2 <= at)
+            down++;
+        const int64_t i0 = down * SKEW_TILE, j0 = (at - down * (down + 1) / 2) * SKEW_TILE, start = block * b * b;
+        const int kept = !keep || keep[block];
+        __syncthreads();
+        for (int row = first; row < SKEW_TILE; row += next) {
+            if (i0 + row < b && j0 + column < b)
+                tile[row * STRIDE + column] = kept ? (To)from[start + (i0 + row) * b + j0 + column] : 0;
+            if (j0 + row < b && i0 + column < b)
+                mirror[row * STRIDE + column] = kept ? (To)from[start + (j0 + row) * b + i0 + column] : 0;
         }
-        if (i0 > j0 && j0 + row < b && i0 + column < b) {
-            const To entry = half * mirror[row * STRIDE + column] - half * tile[column * STRIDE + row];
-            to[(j0 + row) * b + i0 + column] = entry;
+        __syncthreads();
+        double largest = 0;
+        for (int row = first; row < SKEW_TILE; row += next) {
+            if (i0 + row < b && j0 + column < b) {
+                const To entry = half * tile[row * STRIDE + column] - half * mirror[column * STRIDE + row];
+                to[start + (i0 + row) * b + j0 + column] = entry;
+                largest = max(largest, size_of_entry(entry));
+            }
+            if (i0 > j0 && j0 + row < b && i0 + column < b)
+                to[start + (j0 + row) * b + i0 + column] =
+                    half * mirror[row * STRIDE + column] - half * tile[column * STRIDE + row];
         }
-    }
-    if (partial) {
-        int nowhere = 0;
-        largest = largest_of_block(largest, &nowhere);
-        if (threadIdx.x == 0)
-            partial[blockIdx.x] = largest;
+        if (partial) {
+            int nowhere = 0;
+            largest = largest_of_block(largest, &nowhere);
+            if (threadIdx.x == 0)
+                partial[n] = largest;
+        }
     }
 }
 
@@ -304,51 +311,80 @@ DEVICE square<int64_t> square_of_block(const invert_room &room, int64_t b, int64
     return {room.x + block * b * b, b, (int)b, room.origin + block * b};
 }
 
-/* A panel of each block: a CUDA block each, of PANEL_THREADS threads. */
-static __global__ void __launch_bounds__(PANEL_THREADS) eliminate_panels(const invert_room room, int64_t b, int k)
+static inline size_t panel_shared_bytes(int64_t b)
 {
+    return b > PANEL_SHARED_B ? 0 : (size_t)(b * (WIDE_PANEL + 1)) * sizeof(double);
+}
+
+/* All threads of a CUDA block: a panel of a block, in panel_shared_bytes if there are any. */
+DEVICE void eliminate_panel_of_block(const invert_room &room, int64_t b, int k, int64_t block, double *shared)
+{
+    enum { STRIDE = WIDE_PANEL + 1 };
     SHARED(int, pivots, WIDE_PANEL);
-    const int64_t block = blockIdx.x;
     const square<int64_t> s = square_of_block(room, b, block);
-    double largest = 0;
-    int nowhere = 0;
-    for (int64_t i = threadIdx.x; i < skew_tiles(b); i += PANEL_THREADS)
-        largest = max(largest, room.partial[block * skew_tiles(b) + i]);
-    largest = largest_of_block(largest, &nowhere);
-    const elimination how = how_to_eliminate(largest);
+    const int width = min((int)WIDE_PANEL, s.n - k), column = threadIdx.x % WIDE_PANEL;
+    const int first = threadIdx.x / WIDE_PANEL, next = blockDim.x / WIDE_PANEL;
     if (k == 0) {
-        prepare(s, how);
+        double largest = 0;
+        int nowhere = 0;
+        for (unsigned i = threadIdx.x; i < skew_tiles(b); i += blockDim.x)
+            largest = max(largest, room.partial[block * skew_tiles(b) + i]);
+        largest = largest_of_block(largest, &nowhere);
         if (threadIdx.x == 0)
             room.largest[block] = largest;
+        __syncthreads();
     }
-    const int width = min((int)WIDE_PANEL, (int)b - k);
-    eliminate_panel<WIDE_PANEL>(s, k, width, how.pivoted, pivots);
-    take_pivot_rows(s, k, width, how.pivoted, pivots, room.taken + block * WIDE_PANEL * b);
-}
-
-/* Its transformation: INVERT_THREADS tiles a CUDA block, `across` CUDA blocks a block. */
-static __global__ void __launch_bounds__(INVERT_THREADS)
-    transform(const invert_room room, int64_t b, int k, unsigned across)
-{
-    const int64_t block = blockIdx.x / across, tile = (int64_t)(blockIdx.x % across) * INVERT_THREADS + threadIdx.x;
-    const square<int64_t> s = square_of_block(room, b, block);
-    if (tile < (int64_t)quarter(s.n) * quarter(s.n))
-        transform_tile(s, k, min((int)WIDE_PANEL, s.n - k), room.taken + block * WIDE_PANEL * b, tile);
-}
-
-/* Q from the inverses, INVERT_THREADS entries a CUDA block, `across` CUDA blocks a block. */
-template <class T>
-__global__ void __launch_bounds__(INVERT_THREADS)
-    finish_cayley(const boft_plan plan, const invert_room room, unsigned across, T *q, T *blocks)
-{
-    const int64_t b = plan.b, block = blockIdx.x / across;
-    const int64_t n = (int64_t)(blockIdx.x % across) * INVERT_THREADS + threadIdx.x;
-    if (n >= b * b)
-        return;
-    const square<int64_t> s = square_of_block(room, b, block);
-    const int64_t i = n / b, j = s.origin[n % b];
     const elimination how = how_to_eliminate(room.largest[block]);
-    store_q(q, blocks, b, block, place_if_single(plan, block), i * b + j, entry_of_q<T>(how, s.x[n], i == j));
+    if (k == 0)
+        prepare(s, how);
+    if (b > PANEL_SHARED_B) {
+        eliminate_panel<WIDE_PANEL>(square<int64_t>{s.x + k, b, s.n, s.origin}, k, width, how.pivoted, pivots);
+    } else {
+        for (int i = first; i < s.n && column < width; i += next)
+            shared[i * STRIDE + column] = s.x[i * b + k + column];
+        __syncthreads();
+        eliminate_panel<WIDE_PANEL>(square<int>{shared, STRIDE, s.n, s.origin}, k, width, how.pivoted, pivots);
+        for (int i = first; i < s.n && column < width; i += next)
+            s.x[i * b + k + column] = shared[i * STRIDE + column];
+    }
+    take_pivot_rows(s, k, width, how.pivoted, pivots, room.taken + block * WIDE_PANEL * b);
+    __syncthreads();
+}
+
+/*
+ * All threads of the grid: Q of all blocks, in larger_shared_bytes. a, keep, q, blocks: boft_cuda_blocks. Work that no
+ * barrier is part of is divided among warps: first one warp of each CUDA block, then the next.
+ */
+template <class T>
+DEVICE void cayley_in_workspace(const boft_plan &plan, const T *a, const unsigned char *keep, T *q, T *blocks,
+                                const invert_room &room, double *shared)
+{
+    const int64_t b = plan.b;
+    const unsigned count = (unsigned)(plan.m * plan.blocks), tiles = (unsigned)(quarter((int)b) * quarter((int)b));
+    const unsigned warp = threadIdx.x / 32 * gridDim.x + blockIdx.x, warps = blockDim.x / 32 * gridDim.x;
+    const int lane = threadIdx.x % 32;
+    skew(count, b, a, keep, 0.5, room.x, room.partial, shared);
+    for (int k = 0; k < b; k += WIDE_PANEL) {
+        grid_barrier();
+        for (unsigned block = blockIdx.x; block < count; block += gridDim.x)
+            eliminate_panel_of_block(room, b, k, block, shared);
+        grid_barrier();
+        for (unsigned n = 32 * warp + lane; n < count * tiles; n += 32 * warps) {
+            const square<int64_t> s = square_of_block(room, b, n / tiles);
+            transform_tile(s, k, min((int)WIDE_PANEL, s.n - k), room.taken + n / tiles * WIDE_PANEL * b, n % tiles);
+        }
+    }
+    grid_barrier();
+    for (unsigned row = warp; row < count * (unsigned)b; row += warps) {
+        const unsigned block = row / (unsigned)b, i = row % (unsigned)b;
+        const square<int64_t> s = square_of_block(room, b, block);
+        const elimination how = how_to_eliminate(room.largest[block]);
+        const int64_t place = place_if_single(plan, block);
+        for (int n = lane; n < s.n; n += 32) {
+            const int j = s.origin[n];
+            store_q(q, blocks, b, block, place, i * b + j, entry_of_q<T>(how, s.x[i * b + n], (int)i == j));
+        }
+    }
 }
 
 #endif

@@ -8,14 +8,14 @@
  *   threadIdx.x, blockDim.x (a multiple of 32; blocks have one dimension), blockIdx.x/y/z, gridDim.x/y/z
  *   SHARED, DYN_SHARED            shared memory: pointers, undefined until written
  *   __syncthreads, __syncwarp()   of all threads: no thread returns before a barrier or collective that others reach
- *   shuffle, shuffle_xor, any_lane  of all 32 lanes, as are movmatrix, ldmatrix_x4(_trans) and D::mma
+ *   shuffle, shuffle_xor, any_lane  of all 32 lanes, as are movmatrix and D::mma
  *   uint2, uint4, float2, float4 and their make_ functions; load16, store16, widen16, round16
- *   cp_async16, cp_async_commit, cp_async_wait
- *   last_block, __threadfence, atomic_ticket
+ *   last_block, __threadfence, atomic_ticket; grid_barrier (phases.cuh)
  *   f32, f64, bf16, f16           the types of data, as template arguments: see below
- * and host code LAUNCH, launched, allow_shared, MAX_SHARED_BYTES, DTYPE_SWITCH, REAL_SWITCH.
+ * and host code LAUNCH, LAUNCH_COOPERATIVE (phases.cuh), launched, allow_shared, MAX_SHARED_BYTES, DTYPE_SWITCH,
+ * REAL_SWITCH.
  *
- * Not: <<< >>>, __shared__, asm, partial masks, texture and cooperative interfaces, the types of cuda_fp16.h and
+ * Not: <<< >>>, __shared__, asm, partial masks, texture and cooperative group interfaces, the types of cuda_fp16.h and
  * cuda_bf16.h.
  */
 #ifndef BOFT_LAUNCH_CUH
@@ -48,7 +48,7 @@ extern "C" {
  */
 #ifdef BOFT_CUDA_ON_CPU
 #define LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                                         \
-    on_cpu_launch(#kernel, kernel, grid, block, shared_bytes, (void *)(stream), __VA_ARGS__)
+    on_cpu_launch(0, #kernel, kernel, grid, block, shared_bytes, (void *)(stream), __VA_ARGS__)
 #else
 #define LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                                         \
     (kernel)<<<grid, block, shared_bytes, (cudaStream_t)(stream)>>>(__VA_ARGS__)
@@ -133,34 +133,6 @@ DEVICE uint32_t movmatrix(uint32_t pair)
     uint32_t out;
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair));
     return out;
-#endif
-}
-
-/*
- * Four 8x8 matrices of 16-bit numbers from shared memory: lane l gives the address, aligned to 16, of row l % 8 of
- * matrix l / 8, and receives row l / 4, columns 2 (l % 4) and one more of matrix i in out[i]; _trans: of its transpose.
- */
-DEVICE void ldmatrix_x4(uint32_t out[4], const void *shared_row)
-{
-#ifdef BOFT_CUDA_ON_CPU
-    on_cpu_ldmatrix_x4(out, shared_row, 0);
-#else
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-                 : "r"((uint32_t)__cvta_generic_to_shared(shared_row))
-                 : "memory");
-#endif
-}
-
-DEVICE void ldmatrix_x4_trans(uint32_t out[4], const void *shared_row)
-{
-#ifdef BOFT_CUDA_ON_CPU
-    on_cpu_ldmatrix_x4(out, shared_row, 1);
-#else
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-                 : "r"((uint32_t)__cvta_generic_to_shared(shared_row))
-                 : "memory");
 #endif
 }
 
@@ -303,40 +275,6 @@ template <class D> DEVICE uint4 round16(const typename D::real *values)
         memcpy(words, values, 16);
     }
     return make_uint4(words[0], words[1], words[2], words[3]);
-}
-
-/*
- * Begins to copy 16 bytes to shared memory, both addresses aligned to 16; only the first `bytes` are read, the others
- * become 0. The copies begun since the last commit are a group; cp_async_wait<N>() waits for all groups of this thread
- * but the last N. Other threads see them after a barrier.
- */
-DEVICE void cp_async16(void *shared, const void *global, int bytes = 16)
-{
-#ifdef BOFT_CUDA_ON_CPU
-    on_cpu_cp_async16(shared, global, bytes);
-#else
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(shared)),
-                 "l"(global), "r"(bytes)
-                 : "memory");
-#endif
-}
-
-DEVICE void cp_async_commit()
-{
-#ifdef BOFT_CUDA_ON_CPU
-    on_cpu_cp_async_commit();
-#else
-    asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
-
-template <int N> DEVICE void cp_async_wait()
-{
-#ifdef BOFT_CUDA_ON_CPU
-    on_cpu_cp_async_wait(N);
-#else
-    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-#endif
 }
 
 /* Returns 0, 1, ... n-1 to n callers and leaves the counter at 0 again. */

@@ -16,9 +16,11 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-enum { MAX_THREADS = 1024, STACK_BYTES = 256 * 1024, PLAIN_SHARED_BYTES = 48 * 1024, MOST_SHARED_BYTES = 99 * 1024 };
+enum { MAX_THREADS = 1024, MAX_RESIDENT = 32, STACK_BYTES = 256 * 1024 };
+enum { PLAIN_SHARED_BYTES = 48 * 1024, MOST_SHARED_BYTES = 99 * 1024 };
 
 dim3 threadIdx, blockIdx, blockDim, gridDim;
+int on_cpu_resident = 4, on_cpu_launches;
 
 /* ---- Fibers ------------------------------------------------------------------------------------------------------ */
 
@@ -63,21 +65,13 @@ static void switch_context(context *from, context *to)
 #endif
 }
 
-typedef struct copy { /* of cp.async */
-    void *to;
-    const void *from;
-    int bytes, group;
-} copy;
-
-typedef enum state { READY, IN_COLLECTIVE, AT_BARRIER, RETURNED } state;
+typedef enum state { READY, IN_COLLECTIVE, AT_BARRIER, AT_GRID_BARRIER, RETURNED } state;
 
 typedef struct thread {
     context fiber;
     state now;
     const char *kind; /* of the collective it waits in */
     void *own;
-    copy *copies;
-    int copy_count, copy_room, copy_groups;
 } thread;
 
 typedef struct shared_array {
@@ -87,19 +81,25 @@ typedef struct shared_array {
 
 enum { MAX_SHARED_ARRAYS = 64, MAX_KERNELS = 1024 };
 
-static struct {
-    context scheduler;
+typedef struct cuda_block {
     thread threads[MAX_THREADS];
-    int made, count, current; /* fibers made so far; threads of a block; the one that runs */
-    int reverse;
-    const char *name;
-    void (*body)(const void *);
-    const void *argument;
+    int made; /* fibers made so far */
+    dim3 index;
     void *dynamic;
-    size_t dynamic_bytes, shared_limit;
     shared_array arrays[MAX_SHARED_ARRAYS];
     int array_count;
     size_t static_bytes;
+} cuda_block;
+
+static struct {
+    context scheduler;
+    cuda_block blocks[MAX_RESIDENT], *block; /* the one that runs */
+    int count, current;                      /* threads of a block; the one that runs */
+    int reverse, cooperative;
+    const char *name;
+    void (*body)(const void *);
+    const void *argument;
+    size_t dynamic_bytes, shared_limit;
     cudaError_t error;
     struct {
         const void *kernel;
@@ -128,9 +128,7 @@ static void fiber_main(void)
 #endif
     for (;;) {
         gpu.body(gpu.argument);
-        thread *own = &gpu.threads[gpu.current];
-        if (own->copy_count)
-            die("returned without waiting for %d copies of cp.async", own->copy_count);
+        thread *own = &gpu.block->threads[gpu.current];
         own->now = RETURNED;
         switch_context(&own->fiber, &gpu.scheduler);
     }
@@ -162,7 +160,7 @@ static void make_fiber(context *fiber)
 
 static void wait_as(state waiting)
 {
-    thread *own = &gpu.threads[gpu.current];
+    thread *own = &gpu.block->threads[gpu.current];
     own->now = waiting;
     switch_context(&own->fiber, &gpu.scheduler);
 }
@@ -176,13 +174,16 @@ static int64_t in_order(int64_t i, int64_t n)
 
 static const char *state_name(const thread *t)
 {
-    return t->now == IN_COLLECTIVE ? t->kind : t->now == AT_BARRIER ? "__syncthreads" : "its end";
+    return t->now == IN_COLLECTIVE     ? t->kind
+           : t->now == AT_BARRIER      ? "__syncthreads"
+           : t->now == AT_GRID_BARRIER ? "grid_barrier"
+                                       : "its end";
 }
 
 /* Runs the lanes of a warp until each waits for other warps or has returned. */
 static void run_warp(int warp)
 {
-    thread *lanes = gpu.threads + 32 * warp;
+    thread *lanes = gpu.block->threads + 32 * warp;
     for (int ran = 1; ran;) {
         ran = 0;
         for (int i = 0; i < 32; i++) {
@@ -204,26 +205,54 @@ static void run_warp(int warp)
             }
 }
 
-static void run_block(void)
+/* Threads of the block that runs that are in a state; one of them becomes the current. */
+static int count_threads(state now)
 {
+    int count = 0;
     for (int t = 0; t < gpu.count; t++)
-        gpu.threads[t].now = READY;
+        if (gpu.block->threads[t].now == now) {
+            count++;
+            gpu.current = t;
+        }
+    return count;
+}
+
+/* Runs a block until all its threads have returned or wait in grid_barrier; whether they have returned. */
+static int run_block(cuda_block *block)
+{
+    gpu.block = block;
+    blockIdx = block->index;
     for (;;) {
         for (int warp = 0; warp < gpu.count / 32; warp++)
             run_warp((int)in_order(warp, gpu.count / 32));
-        int waiting = 0, returned = 0;
-        for (int t = 0; t < gpu.count; t++) {
-            waiting += gpu.threads[t].now == AT_BARRIER;
-            returned += gpu.threads[t].now == RETURNED;
-            if (gpu.threads[t].now == AT_BARRIER)
-                gpu.current = t;
+        const int returned = count_threads(RETURNED), at_grid = count_threads(AT_GRID_BARRIER);
+        if (returned == gpu.count || at_grid == gpu.count)
+            return returned == gpu.count;
+        const int waiting = count_threads(AT_BARRIER);
+        if (returned)
+            die("waits in %s, while %d threads have returned", state_name(&block->threads[gpu.current]), returned);
+        if (at_grid)
+            die("waits in __syncthreads, while %d threads wait in grid_barrier", at_grid);
+        for (int t = 0; waiting == gpu.count && t < gpu.count; t++)
+            block->threads[t].now = READY;
+    }
+}
+
+/* Runs the first `count` blocks, all of them to a grid barrier before any goes on. */
+static void run_together(int count)
+{
+    for (;;) {
+        int returned = 0;
+        for (int i = 0; i < count; i++) {
+            cuda_block *const block = &gpu.blocks[in_order(i, count)];
+            for (int t = 0; t < gpu.count; t++)
+                block->threads[t].now = READY;
+            returned += run_block(block);
         }
-        if (returned == gpu.count)
+        if (returned == count)
             return;
         if (returned)
-            die("waits in __syncthreads, while %d threads have returned", returned);
-        for (int t = 0; waiting == gpu.count && t < gpu.count; t++)
-            gpu.threads[t].now = READY;
+            die("in a grid of which %d blocks have returned, while others wait in grid_barrier", returned);
     }
 }
 
@@ -281,7 +310,23 @@ static void *poisoned(size_t bytes)
     return memset(data, 0xff, bytes);
 }
 
-void on_cpu_run(const char *name, const void *kernel, dim3 grid, dim3 block, size_t shared_bytes,
+static void start_block(cuda_block *block, dim3 index)
+{
+    for (; block->made < gpu.count; block->made++)
+        make_fiber(&block->threads[block->made].fiber);
+    block->index = index;
+    block->dynamic = poisoned(gpu.dynamic_bytes);
+    block->static_bytes = 0;
+}
+
+static void finish_block(cuda_block *block)
+{
+    free(block->dynamic);
+    while (block->array_count)
+        free(block->arrays[--block->array_count].data);
+}
+
+void on_cpu_run(const char *name, const void *kernel, dim3 grid, dim3 block, size_t shared_bytes, int cooperative,
                 void (*body)(const void *context), const void *context)
 {
     gpu.name = name;
@@ -299,26 +344,30 @@ void on_cpu_run(const char *name, const void *kernel, dim3 grid, dim3 block, siz
     gpu.shared_limit = allowed > PLAIN_SHARED_BYTES ? MOST_SHARED_BYTES : PLAIN_SHARED_BYTES;
     if (block.x % 32 || block.y != 1 || block.z != 1)
         die("blocks of %u x %u x %u threads", block.x, block.y, block.z);
-    for (; gpu.made < (int)block.x; gpu.made++)
-        make_fiber(&gpu.threads[gpu.made].fiber);
+    if (on_cpu_resident < 1 || on_cpu_resident > MAX_RESIDENT)
+        die("%d resident blocks", on_cpu_resident);
+    if (cooperative)
+        grid.x = min(grid.x, (unsigned)on_cpu_resident);
     const char *order = getenv("BOFT_CUDA_ORDER");
     gpu.reverse = order && strcmp(order, "reverse") == 0;
+    gpu.cooperative = cooperative;
     gpu.count = (int)block.x;
     gpu.body = body;
     gpu.argument = context;
     gridDim = grid;
     blockDim = block;
     threadIdx = dim3(0, 0, 0);
-    const int64_t blocks = (int64_t)grid.x * grid.y * grid.z;
-    for (int64_t i = 0; i < blocks; i++) {
-        const int64_t n = in_order(i, blocks);
-        blockIdx = dim3((unsigned)(n % grid.x), (unsigned)(n / grid.x % grid.y), (unsigned)(n / grid.x / grid.y));
-        gpu.dynamic = poisoned(shared_bytes);
-        gpu.static_bytes = 0;
-        run_block();
-        free(gpu.dynamic);
-        while (gpu.array_count)
-            free(gpu.arrays[--gpu.array_count].data);
+    on_cpu_launches++;
+    const int64_t blocks = (int64_t)grid.x * grid.y * grid.z, together = cooperative ? blocks : 1;
+    for (int64_t i = 0; i < blocks; i += together) {
+        for (int64_t j = 0; j < together; j++) {
+            const int64_t n = cooperative ? j : in_order(i, blocks);
+            start_block(&gpu.blocks[j], dim3((unsigned)(n % grid.x), (unsigned)(n / grid.x % grid.y),
+                                             (unsigned)(n / grid.x / grid.y)));
+        }
+        run_together((int)together);
+        for (int64_t j = 0; j < together; j++)
+            finish_block(&gpu.blocks[j]);
     }
 }
 
@@ -326,21 +375,22 @@ void on_cpu_run(const char *name, const void *kernel, dim3 grid, dim3 block, siz
 
 void *on_cpu_shared(const void *site, size_t bytes)
 {
-    for (int i = 0; i < gpu.array_count; i++)
-        if (gpu.arrays[i].site == site)
-            return gpu.arrays[i].data;
-    gpu.static_bytes += bytes;
-    if (gpu.array_count == MAX_SHARED_ARRAYS || gpu.static_bytes > PLAIN_SHARED_BYTES ||
-        gpu.static_bytes + gpu.dynamic_bytes > gpu.shared_limit)
-        die("%zu bytes of shared memory in SHARED arrays and %zu in DYN_SHARED", gpu.static_bytes, gpu.dynamic_bytes);
-    shared_array *array = &gpu.arrays[gpu.array_count++];
+    cuda_block *const own = gpu.block;
+    for (int i = 0; i < own->array_count; i++)
+        if (own->arrays[i].site == site)
+            return own->arrays[i].data;
+    own->static_bytes += bytes;
+    if (own->array_count == MAX_SHARED_ARRAYS || own->static_bytes > PLAIN_SHARED_BYTES ||
+        own->static_bytes + gpu.dynamic_bytes > gpu.shared_limit)
+        die("%zu bytes of shared memory in SHARED arrays and %zu in DYN_SHARED", own->static_bytes, gpu.dynamic_bytes);
+    shared_array *array = &own->arrays[own->array_count++];
     *array = shared_array{site, poisoned(bytes)};
     return array->data;
 }
 
 void *on_cpu_dynamic_shared(void)
 {
-    return gpu.dynamic;
+    return gpu.block->dynamic;
 }
 
 /* ---- Together ---------------------------------------------------------------------------------------------------- */
@@ -350,29 +400,37 @@ void __syncthreads(void)
     wait_as(AT_BARRIER);
 }
 
+void on_cpu_grid_barrier(void)
+{
+    if (!gpu.cooperative)
+        die("comes to grid_barrier in a launch that is not cooperative");
+    wait_as(AT_GRID_BARRIER);
+}
+
 void on_cpu_collective(const char *kind, unsigned mask, void *own, void (*compute)(void *const lanes[32]))
 {
-    thread *lanes = gpu.threads + gpu.current / 32 * 32, *self = &gpu.threads[gpu.current];
+    thread *lanes = gpu.block->threads + gpu.current / 32 * 32, *self = &gpu.block->threads[gpu.current];
     void *all[32];
     int arrived = 1;
     if (mask != 0xffffffffu)
         die("%s with the partial mask %#x", kind, mask);
-    self->kind = kind;
-    self->own = own;
     for (int l = 0; l < 32; l++) {
-        all[l] = lanes[l].own;
         if (lanes[l].now == RETURNED)
             die("comes to %s, but lane %d of its warp has returned", kind, l);
         if (lanes[l].now != IN_COLLECTIVE)
             continue;
         arrived++;
-        if (strcmp(lanes[l].kind, kind))
+        if (lanes[l].kind != kind && strcmp(lanes[l].kind, kind)) /* comparing strings takes long */
             die("comes to %s, but lane %d of its warp waits in %s", kind, l, lanes[l].kind);
     }
+    self->kind = kind;
+    self->own = own;
     if (arrived < 32) {
         wait_as(IN_COLLECTIVE);
         return;
     }
+    for (int l = 0; l < 32; l++)
+        all[l] = lanes[l].own;
     compute(all);
     for (int l = 0; l < 32; l++)
         lanes[l].now = READY;
@@ -399,30 +457,6 @@ uint32_t on_cpu_movmatrix(uint32_t pair)
         }
     });
     return own.out;
-}
-
-void on_cpu_ldmatrix_x4(uint32_t out[4], const void *row, int transposed)
-{
-    struct operand {
-        uint32_t *out;
-        const void *row;
-        int transposed;
-    } own = {out, row, transposed};
-    if ((uintptr_t)row % 16)
-        die("ldmatrix of %p, which is not aligned to 16", row);
-    on_cpu_collective(transposed ? "ldmatrix.trans" : "ldmatrix", 0xffffffffu, &own, [](void *const lanes[32]) {
-        for (int l = 0; l < 32; l++)
-            for (int i = 0; i < 4; i++) {
-                const operand *to = (const operand *)lanes[l];
-                uint32_t halves[2];
-                for (int e = 0; e < 2; e++) {
-                    const int at = l / 4, across = 2 * (l % 4) + e;
-                    const operand *from = (const operand *)lanes[8 * i + (to->transposed ? across : at)];
-                    halves[e] = ((const uint16_t *)from->row)[to->transposed ? at : across];
-                }
-                to->out[i] = halves[0] | halves[1] << 16;
-            }
-    });
 }
 
 void on_cpu_mma(float acc[4], const uint32_t a[4], const uint32_t b[2], float (*widen)(uint16_t))
@@ -453,41 +487,4 @@ void on_cpu_mma(float acc[4], const uint32_t a[4], const uint32_t b[2], float (*
                 *to = (float)sum;
             }
     });
-}
-
-/* ---- Copies ------------------------------------------------------------------------------------------------------ */
-
-void on_cpu_cp_async16(void *shared, const void *global, int bytes)
-{
-    thread *own = &gpu.threads[gpu.current];
-    if ((uintptr_t)shared % 16 || (uintptr_t)global % 16 || bytes < 0 || bytes > 16)
-        die("cp.async of %d bytes from %p to %p", bytes, global, shared);
-    if (own->copy_count == own->copy_room) {
-        own->copy_room = 2 * own->copy_room + 16;
-        own->copies = (copy *)realloc(own->copies, (size_t)own->copy_room * sizeof *own->copies);
-        if (!own->copies)
-            die("no memory");
-    }
-    own->copies[own->copy_count++] = copy{shared, global, bytes, own->copy_groups};
-}
-
-void on_cpu_cp_async_commit(void)
-{
-    gpu.threads[gpu.current].copy_groups++;
-}
-
-void on_cpu_cp_async_wait(int groups)
-{
-    thread *own = &gpu.threads[gpu.current];
-    int kept = 0;
-    for (int i = 0; i < own->copy_count; i++) {
-        const copy *c = &own->copies[i];
-        if (c->group >= own->copy_groups - groups) {
-            own->copies[kept++] = *c;
-            continue;
-        }
-        memset(c->to, 0, 16);
-        memcpy(c->to, c->from, (size_t)c->bytes);
-    }
-    own->copy_count = kept;
 }

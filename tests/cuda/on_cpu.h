@@ -3,16 +3,18 @@
  *
  * Each thread of a CUDA block is a fiber. Blocks run one after the other, and in a block one warp after the other, each
  * as far as it gets without the others: so two threads that race differ between the two orders. BOFT_CUDA_ORDER=reverse
- * in the environment runs the last block, warp and lane first; otherwise the first.
+ * in the environment runs the last block, warp and lane first; otherwise the first. The blocks of a cooperative launch
+ * do so between two grid barriers, up to on_cpu_resident of them.
  *
  * Shared memory is a heap block of the exact size, filled with NaN for every CUDA block, so that AddressSanitizer sees
- * what is outside and results show what was not written. cp.async copies when it is waited for. These end the program
- * with a message that names kernel, block and thread: lanes of a warp that meet different collectives, a partial mask,
- * lanes or threads that returned before a collective or barrier that others wait at, copies nobody waited for.
+ * what is outside and results show what was not written. These end the program with a message that names kernel, block
+ * and thread: lanes of a warp that meet different collectives, a partial mask, lanes, threads or blocks that returned
+ * before a collective or barrier that others wait at, different barriers in one block, a grid barrier in a launch that
+ * is not cooperative.
  *
  * The multiplication of matrices adds exactly and rounds once, which no device does: it can set no tolerance. Blocks
  * that run one after the other cannot show what is missing between them: a __threadfence, or the barrier before a
- * ticket, which is why kernels leave both to last_block.
+ * ticket, which is why kernels leave both to last_block and grid_barrier.
  */
 #ifndef ON_CPU_H
 #define ON_CPU_H
@@ -59,8 +61,11 @@ const char *cudaGetErrorName(cudaError_t error);
 const char *cudaGetErrorString(cudaError_t error);
 cudaError_t cudaFuncSetAttribute(const void *kernel, cudaFuncAttribute attribute, int value);
 
+/* For tests to read and set: CUDA blocks a cooperative launch runs at most, 1 ... 32; and launches that ran so far. */
+extern int on_cpu_resident, on_cpu_launches;
+
 /* Runs body(context) once per thread and returns when all have; what a device refuses cudaGetLastError tells. */
-void on_cpu_run(const char *name, const void *kernel, dim3 grid, dim3 block, size_t shared_bytes,
+void on_cpu_run(const char *name, const void *kernel, dim3 grid, dim3 block, size_t shared_bytes, int cooperative,
                 void (*body)(const void *context), const void *context);
 
 template <class T> struct on_cpu_same {
@@ -69,12 +74,13 @@ template <class T> struct on_cpu_same {
 
 /* Arguments become the kernel's parameters once, as at a launch. */
 template <class... P>
-static inline void on_cpu_launch(const char *name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
-                                 void * /* stream */, typename on_cpu_same<P>::type... arguments)
+static inline void on_cpu_launch(int cooperative, const char *name, void (*kernel)(P...), dim3 grid, dim3 block,
+                                 size_t shared_bytes, void * /* stream */,
+                                 typename on_cpu_same<P>::type... arguments)
 {
     const auto body = [=] { kernel(arguments...); };
-    on_cpu_run(name, (const void *)kernel, grid, block, shared_bytes, [](const void *b) { (*(decltype(body) *)b)(); },
-               &body);
+    on_cpu_run(name, (const void *)kernel, grid, block, shared_bytes, cooperative,
+               [](const void *b) { (*(decltype(body) *)b)(); }, &body);
 }
 
 /* ---- Threads ----------------------------------------------------------------------------------------------------- */
@@ -83,6 +89,7 @@ void *on_cpu_shared(const void *site, size_t bytes);
 void *on_cpu_dynamic_shared(void);
 
 void __syncthreads(void);
+void on_cpu_grid_barrier(void);
 
 /*
  * All 32 lanes of a warp come here with the same `kind`; the last to come calls compute(lanes), where lanes[l] is the
@@ -137,12 +144,7 @@ static inline int __any_sync(unsigned mask, int predicate)
 }
 
 uint32_t on_cpu_movmatrix(uint32_t pair);
-void on_cpu_ldmatrix_x4(uint32_t out[4], const void *row, int transposed);
 void on_cpu_mma(float acc[4], const uint32_t a[4], const uint32_t b[2], float (*widen)(uint16_t));
-
-void on_cpu_cp_async16(void *shared, const void *global, int bytes);
-void on_cpu_cp_async_commit(void);
-void on_cpu_cp_async_wait(int groups);
 
 static inline void __threadfence(void) {}
 

@@ -1,5 +1,9 @@
-/* boft_cuda_blocks and its backward against the scalar kernels of the CPU, in both orders of threads. */
+/*
+ * boft_cuda_blocks and its backward against the scalar kernels of the CPU, in both orders of threads and any number of
+ * CUDA blocks that wait for each other: one launch each, and the same bits.
+ */
 #include "boft_cuda.h"
+#include "on_cpu.h"
 
 extern "C" {
 #include "support.h"
@@ -10,7 +14,19 @@ extern "C" {
 #include <string.h>
 
 static const boft_dtype reals[] = {BOFT_F32, BOFT_F64};
-static const char *const orders[] = {"forward", "reverse"};
+
+/* How the threads of a launch run: their order, and resident CUDA blocks, of which only those of large blocks wait. */
+typedef struct way {
+    const char *order;
+    int resident;
+} way;
+
+static const way ways[] = {{"forward", 8}, {"reverse", 1}, {"reverse", 3}};
+
+static int ways_of(int64_t b)
+{
+    return b > 32 ? 3 : 2;
+}
 
 /* ---- Data ------------------------------------------------------------------------------------------------------- */
 
@@ -104,15 +120,33 @@ static void run(const boft_plan *plan, boft_dtype dtype, const void *a, const un
                 void *blocks)
 {
     const size_t bytes = boft_cuda_blocks_workspace(plan, dtype);
+    on_cpu_launches = 0;
     EXPECT_OK(boft_cuda_blocks(plan, dtype, a, keep, q, blocks, bytes ? guarded(bytes, 256, GUARD_END) : NULL, NULL));
+    EXPECT(on_cpu_launches == 1, "%d launches", on_cpu_launches);
 }
 
 static void run_backward(const boft_plan *plan, boft_dtype dtype, const void *dblocks, const void *q,
                          const unsigned char *keep, void *da)
 {
     const size_t bytes = boft_cuda_blocks_workspace(plan, dtype);
+    on_cpu_launches = 0;
     EXPECT_OK(boft_cuda_blocks_backward(plan, dtype, dblocks, q, keep, da,
                                         bytes ? guarded(bytes, 256, GUARD_END) : NULL, NULL));
+    EXPECT(on_cpu_launches == 1, "%d launches backward", on_cpu_launches);
+}
+
+static void go(const way *w)
+{
+    setenv("BOFT_CUDA_ORDER", w->order, 1);
+    on_cpu_resident = w->resident;
+}
+
+/* got: of each way, `bytes` bytes. */
+static void expect_same(const char *what, void *const got[], int count, size_t bytes)
+{
+    for (int i = 1; i < count; i++)
+        EXPECT(memcmp(got[0], got[i], bytes) == 0, "%s differs in %s order with %d resident blocks", what,
+               ways[i].order, ways[i].resident);
 }
 
 /* |Q Q^T - I| of the largest entry. */
@@ -148,15 +182,15 @@ static void check(boft_dtype dtype, int64_t d, int64_t b, int64_t m, double size
 
     void *q_cpu = doubles(count), *cpu = doubles(plan.count);
     reference(&plan, dtype, a, keep, q_cpu, cpu);
-    void *q[2], *blocks[2];
-    for (int i = 0; i < 2; i++) {
-        setenv("BOFT_CUDA_ORDER", orders[i], 1);
+    void *q[3], *blocks[3];
+    for (int i = 0; i < ways_of(b); i++) {
+        go(&ways[i]);
         q[i] = room(dtype, count);
         blocks[i] = room(dtype, plan.count);
         run(&plan, dtype, a, keep, q[i], blocks[i]);
     }
-    EXPECT(memcmp(q[0], q[1], (size_t)count * dtype_size(dtype)) == 0, "q differs between orders");
-    EXPECT(memcmp(blocks[0], blocks[1], (size_t)plan.count * dtype_size(dtype)) == 0, "blocks differ between orders");
+    expect_same("q", q, ways_of(b), (size_t)count * dtype_size(dtype));
+    expect_same("blocks", blocks, ways_of(b), (size_t)plan.count * dtype_size(dtype));
     if (elimination < 1e-3) {
         expect_error("q", dtype, q[0], q_cpu, q_truth, blocks_of_q, b * b, elimination);
         for (int64_t l = 0; l < plan.levels; l++) {
@@ -188,14 +222,14 @@ static void check(boft_dtype dtype, int64_t d, int64_t b, int64_t m, double size
         q_given[i] = get(dtype, q_cpu, i);
     const void *q_stored = stored(dtype, q_given, count);
     reference_backward(&plan, BOFT_F64, gradient, q_given, keep, da_truth);
-    void *da_cpu = doubles(count), *da[2];
+    void *da_cpu = doubles(count), *da[3];
     reference_backward(&plan, dtype, dblocks, q_stored, keep, da_cpu);
-    for (int i = 0; i < 2; i++) {
-        setenv("BOFT_CUDA_ORDER", orders[i], 1);
+    for (int i = 0; i < ways_of(b); i++) {
+        go(&ways[i]);
         da[i] = room(dtype, count);
         run_backward(&plan, dtype, dblocks, q_stored, keep, da[i]);
     }
-    EXPECT(memcmp(da[0], da[1], (size_t)count * dtype_size(dtype)) == 0, "da differs between orders");
+    expect_same("da", da, ways_of(b), (size_t)count * dtype_size(dtype));
     /* For large parameters J = I + Q nearly vanishes, and so does da: errors count against a gradient of size 1. */
     if (size <= 1)
         expect_error("da", dtype, da[0], da_cpu, da_truth, 1, count, 1e-16 * (double)(b * m));
@@ -296,15 +330,17 @@ static void test_shapes(void)
         {4, 4, 3},   {4, 5, 1},   {4, 6, 1},   {6, 2, 3},   {6, 3, 2},   {8, 2, 9},   {8, 3, 3},   {8, 4, 1},
         {8, 5, 1},   {10, 2, 3},  {10, 4, 1},  {16, 2, 3},  {16, 3, 1},  {16, 4, 1},  {16, 5, 1},  {20, 2, 3},
         {20, 3, 1},  {20, 4, 1},  {32, 2, 2},  {32, 3, 1},  {32, 4, 1},  {36, 2, 1},  {40, 2, 1},  {40, 3, 1},
-        {64, 2, 1},  {64, 3, 1},  {96, 2, 1},  {130, 2, 1},
+        {64, 2, 1},  {64, 3, 1},  {96, 2, 1},  {34, 3, 1},  {34, 5, 1},  {64, 4, 1},  {80, 1, 1},  {128, 3, 1},
+        {80, 2, 1},  {80, 3, 1},  {81, 1, 2},  {96, 3, 1},  {128, 1, 1}, {128, 2, 1}, {160, 1, 1}, {160, 2, 1},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
         for (int r = 0; r < 2; r++) {
             const shape_case *c = &cases[i];
             const int64_t d = (c->b << (c->m - 1)) * c->groups;
-            if (c->b <= 32 || r == 1) /* larger ones take long */
+            /* Larger ones take long. */
+            if (c->b <= 32 || (r == 1 && (d < 128 || i % 2 == 0)))
                 check(reals[r], d, c->b, c->m, 1, 0);
-            if (c->b <= 32 || r == 0)
+            if (c->b <= 32 || (r == 0 && (d < 128 || i % 2 == 1)))
                 check(reals[r], d, c->b, c->m, 1, 1);
         }
 }
@@ -323,6 +359,7 @@ static void test_sizes(void)
             }
     check(BOFT_F64, 24, 4, 2, 1e300, 0);
     check(BOFT_F64, 40, 40, 1, 1e300, 0);
+    check(BOFT_F32, 370, 370, 1, 1, 0); /* a panel that shared memory has no room for */
 }
 
 static void test_nan(void)

@@ -1,5 +1,5 @@
 /* The emulation itself: what warps and blocks do together, against plain loops; and errors, which it must catch. */
-#include "launch.cuh"
+#include "phases.cuh"
 
 extern "C" {
 #include "support.h"
@@ -34,36 +34,26 @@ template <class T> static void check_shuffles(const char *type)
     }
 }
 
-__global__ void transposes(const uint16_t *matrices, uint32_t *moved, uint32_t *plain, uint32_t *transposed)
+__global__ void transposes(const uint16_t *matrix, uint32_t *moved)
 {
-    DYN_SHARED(uint16_t, rows);
     const int lane = (int)threadIdx.x;
-    moved[lane] = movmatrix(matrices[2 * lane] | (uint32_t)matrices[2 * lane + 1] << 16);
-    for (int i = 0; i < 8; i++)
-        rows[8 * lane + i] = matrices[8 * lane + i];
-    __syncwarp();
-    ldmatrix_x4(plain + 4 * lane, rows + 8 * lane);
-    ldmatrix_x4_trans(transposed + 4 * lane, rows + 8 * lane);
+    moved[lane] = movmatrix(matrix[2 * lane] | (uint32_t)matrix[2 * lane + 1] << 16);
 }
 
 static void check_transposes(void)
 {
-    test_case("movmatrix and ldmatrix");
-    uint16_t matrices[4][8][8];
-    uint32_t moved[32], plain[32][4], transposed[32][4];
-    for (int i = 0; i < 4 * 64; i++)
-        matrices[i / 64][i / 8 % 8][i % 8] = (uint16_t)random_bits();
-    LAUNCH((transposes), 1, 32, sizeof matrices, NULL, &matrices[0][0][0], moved, plain[0], transposed[0]);
+    test_case("movmatrix");
+    uint16_t matrix[8][8];
+    uint32_t moved[32];
+    for (int i = 0; i < 64; i++)
+        matrix[i / 8][i % 8] = (uint16_t)random_bits();
+    LAUNCH((transposes), 1, 32, 0, NULL, matrix[0], moved);
     EXPECT_OK(launched("transposes"));
-    for (int i = 0; i < 4; i++)
-        for (int row = 0; row < 8; row++)
-            for (int column = 0; column < 8; column++) {
-                const int lane = 4 * row + column / 2, shift = 16 * (column % 2);
-                const uint16_t here = matrices[i][row][column], across = matrices[i][column][row];
-                EXPECT(i > 0 || (uint16_t)(moved[lane] >> shift) == across, "movmatrix, (%d, %d)", row, column);
-                EXPECT((uint16_t)(plain[lane][i] >> shift) == here, "ldmatrix %d, (%d, %d)", i, row, column);
-                EXPECT((uint16_t)(transposed[lane][i] >> shift) == across, "trans %d, (%d, %d)", i, row, column);
-            }
+    for (int row = 0; row < 8; row++)
+        for (int column = 0; column < 8; column++) {
+            const uint16_t got = (uint16_t)(moved[4 * row + column / 2] >> 16 * (column % 2));
+            EXPECT(got == matrix[column][row], "(%d, %d)", row, column);
+        }
 }
 
 /* c += a b with a (16, 16), b (16, 8), c (16, 8), as the layouts of launch.cuh have it. */
@@ -107,39 +97,6 @@ template <class D> static void check_multiply(boft_dtype dtype)
 }
 
 /* ---- Memory ------------------------------------------------------------------------------------------------------ */
-
-__global__ void copies(const unsigned char *in, unsigned char *out)
-{
-    DYN_SHARED(unsigned char, bytes);
-    unsigned char *const own = bytes + 48 * threadIdx.x;
-    for (int i = 0; i < 3; i++) {
-        cp_async16(own + 16 * i, in + 48 * threadIdx.x + 16 * i, i == 1 ? 6 : 16);
-        cp_async_commit();
-    }
-    cp_async_wait<1>();
-    __syncthreads();
-    const unsigned char *const other = bytes + 48 * (threadIdx.x ^ 1);
-    for (int i = 0; i < 32; i++)
-        out[48 * threadIdx.x + i] = other[i];
-    cp_async_wait<0>();
-    __syncthreads();
-    for (int i = 32; i < 48; i++)
-        out[48 * threadIdx.x + i] = other[i];
-}
-
-static void check_copies(void)
-{
-    test_case("cp.async");
-    alignas(16) unsigned char in[48 * 64], out[48 * 64];
-    for (int i = 0; i < 48 * 64; i++)
-        in[i] = (unsigned char)random_bits();
-    LAUNCH((copies), 1, 64, sizeof in, NULL, in, out);
-    EXPECT_OK(launched("copies"));
-    for (int i = 0; i < 48 * 64; i++) {
-        const int byte = i % 48, from = (i / 48 ^ 1) * 48 + byte;
-        EXPECT(out[i] == (byte >= 22 && byte < 32 ? 0 : in[from]), "byte %d", i);
-    }
-}
 
 template <class D> __global__ void round_trip(const typename D::stored *in, typename D::stored *out)
 {
@@ -230,6 +187,63 @@ static void check_grid(void)
     EXPECT_REFUSED(allow_shared(where, MAX_SHARED_BYTES + 1, "where"), BOFT_CUDA_FAILED, "where: argument");
 }
 
+/* Rounds of next[i] = here[i] + here[i + 1 modulo n] in a grid of any size, between which `barrier` tells to wait. */
+__global__ void phases(int n, int rounds, int barrier, double *here, double *next, unsigned *blocks)
+{
+    for (int round = 0; round < rounds; round++) {
+        for (int i = (int)(blockIdx.x * blockDim.x + threadIdx.x); i < n; i += (int)(gridDim.x * blockDim.x))
+            next[i] = here[i] + here[(i + 1) % n];
+        if (barrier)
+            grid_barrier();
+        double *const swapped = here;
+        here = next;
+        next = swapped;
+    }
+    if (threadIdx.x == 0)
+        blocks[blockIdx.x] = gridDim.x;
+}
+
+static void check_phases(void)
+{
+    enum { N = 500, ROUNDS = 5, BLOCKS = 7 };
+    const int residents[] = {1, 3, 32};
+    double first[N], truth[2][N], values[2][N];
+    for (int i = 0; i < N; i++)
+        first[i] = random_unit();
+    memcpy(truth[0], first, sizeof first);
+    for (int round = 0; round < ROUNDS; round++)
+        for (int i = 0; i < N; i++)
+            truth[(round + 1) % 2][i] = truth[round % 2][i] + truth[round % 2][(i + 1) % N];
+    for (int resident : residents)
+        for (int barrier = 0; barrier < 2; barrier++) {
+            test_case("%d rounds in %d resident blocks, %d barrier", ROUNDS, resident, barrier);
+            unsigned blocks[BLOCKS] = {}, launched_blocks = (unsigned)min(resident, (int)BLOCKS);
+            memcpy(values[0], first, sizeof first);
+            memset(values[1], 0xff, sizeof values[1]);
+            on_cpu_resident = resident;
+            LAUNCH_COOPERATIVE((phases), BLOCKS, 64, 0, NULL, N, ROUNDS, barrier, values[0], values[1], blocks);
+            EXPECT_OK(launched("phases"));
+            for (unsigned i = 0; i < BLOCKS; i++)
+                EXPECT(blocks[i] == (i < launched_blocks ? launched_blocks : 0), "block %u saw %u", i, blocks[i]);
+            const int same = memcmp(values[ROUNDS % 2], truth[ROUNDS % 2], sizeof first) == 0;
+            EXPECT(same == barrier, "%s", same ? "the missing barrier went unnoticed" : "wrong");
+        }
+    on_cpu_resident = 4;
+}
+
+static void check_launches(void)
+{
+    test_case("launches are counted");
+    int64_t seen[3];
+    on_cpu_launches = 0;
+    LAUNCH((where), 3, 64, 0, NULL, seen);
+    LAUNCH_COOPERATIVE((where), 3, 64, 0, NULL, seen);
+    EXPECT_OK(launched("where"));
+    LAUNCH_COOPERATIVE((where), 0, 64, 0, NULL, seen);
+    EXPECT_REFUSED(launched("where"), BOFT_CUDA_FAILED, "where: configuration cudaErrorInvalidConfiguration");
+    EXPECT(on_cpu_launches == 2, "%d", on_cpu_launches);
+}
+
 /* ---- Errors ------------------------------------------------------------------------------------------------------ */
 
 enum error {
@@ -242,7 +256,10 @@ enum error {
     PAST_SHARED,
     BEFORE_DYNAMIC,
     MISALIGNED,
-    COPY_NOT_AWAITED,
+    GRID_BARRIER_ALONE, /* what follows is in a cooperative launch of two blocks */
+    TWO_BARRIERS,
+    EXITED_BEFORE_GRID_BARRIER,
+    EXITED_BLOCK,
     ERRORS
 };
 
@@ -256,7 +273,10 @@ static const char *const messages[ERRORS] = {"lane 16 of its warp has",
                                              "heap-buffer-overflow",
                                              "heap-buffer-overflow",
                                              "misaligned address",
-                                             "without waiting for 1 copies"};
+                                             "in a launch that is not cooperative",
+                                             "waits in __syncthreads, while 32 threads wait in grid_barrier",
+                                             "waits in grid_barrier, while 32 threads have returned",
+                                             "1 blocks have returned, while others wait in grid_barrier"};
 
 __global__ void wrong(error e, float *data)
 {
@@ -296,9 +316,20 @@ __global__ void wrong(error e, float *data)
     case MISALIGNED:
         store16(data + 1, make_uint4(0, 0, 0, 0));
         break;
-    case COPY_NOT_AWAITED:
-        cp_async16(dynamic, data);
-        cp_async_commit();
+    case TWO_BARRIERS:
+        if (thread < 32)
+            __syncthreads();
+        else
+            grid_barrier();
+        break;
+    case EXITED_BEFORE_GRID_BARRIER:
+        if (thread >= 32)
+            grid_barrier();
+        break;
+    case GRID_BARRIER_ALONE:
+    case EXITED_BLOCK:
+        if (blockIdx.x == 0)
+            grid_barrier();
         break;
     default:
         break;
@@ -318,7 +349,10 @@ static void check_errors(void)
         if (child == 0) {
             alignas(16) float data[64];
             dup2(ends[1], STDERR_FILENO);
-            LAUNCH((wrong), 1, 64, 256, NULL, (error)e, data);
+            if (e > GRID_BARRIER_ALONE)
+                LAUNCH_COOPERATIVE((wrong), 2, 64, 256, NULL, (error)e, data);
+            else
+                LAUNCH((wrong), 1, 64, 256, NULL, (error)e, data);
             _exit(0);
         }
         close(ends[1]);
@@ -369,13 +403,14 @@ int main(int argc, char **argv)
     check_transposes();
     check_multiply<bf16>(BOFT_BF16);
     check_multiply<f16>(BOFT_F16);
-    check_copies();
     check_round_trip<f32>(BOFT_F32);
     check_round_trip<f64>(BOFT_F64);
     check_round_trip<bf16>(BOFT_BF16);
     check_round_trip<f16>(BOFT_F16);
     check_sum();
     check_grid();
+    check_phases();
+    check_launches();
     check_race();
     check_errors();
     return test_finish();
