@@ -1,25 +1,14 @@
 /*
- * Products of rows of bfloat16 or float16 with the blocks of one level, and their gradient, on tensor cores.
- *
- * A rotation near the identity would be lost in 16 bits, so rows are multiplied as x + x E with E = R - I held as the
- * sum of two 16-bit numbers; sums start at x, are float32, and are rounded once. (float16: what the second number loses
- * as a subnormal is below 2^-25 of x.)
- *
- * A tile of columns is CHUNKS chunks of 32 channels: as many whole groups as fit, `width` channels in all. For the
- * matrix products of 16 rows and a chunk, lane l with r = l / 4 and q = l % 4 holds channels 8q ... 8q+7 of rows r and
- * r + 8, which is one 16-byte access each: word p is the pair of channels 8q+2p and 8q+2p+1. The inner index of a
- * product may come in any order that both sides share, and columns in any order, so these words are what mma takes and
- * gives:
- *   step s of x:       a = words 2s and 2s+1, so its inner index 2q+e is channel 8q+4s+e, and 2q+8+e is 8q+4s+2+e;
- *   column tile j:     column n is channel 8 (n / 2) + 2j + n % 2, so acc is word j of the result;
- *   x^T, dy of word p: movmatrix gives rows in pairs of channel 8 (r / 2) + 2p + r % 2.
+ * Products of rows of bfloat16 or float16 with the blocks of one level, and their gradient, on tensor cores, as
+ * rotate_words.cuh describes; sums start at x. A tile of columns is CHUNKS chunks: as many whole groups as fit, `width`
+ * channels in all.
  */
 #ifndef BOFT_ROTATE_TENSOR_CUH
 #define BOFT_ROTATE_TENSOR_CUH
 
-#include "launch.cuh"
+#include "rotate_words.cuh"
 
-enum { CHUNK = 32, TENSOR_ROWS = 16, LARGEST_CHUNKS = 4, FRAGMENTS = 8 };
+enum { LARGEST_CHUNKS = 4 };
 
 /* Groups of a level in tiles of `width` channels. */
 typedef struct tensor_level {
@@ -66,38 +55,6 @@ template <int CHUNKS> struct tensor_size {
     static constexpr int backward_bytes = fragment_bytes > sum_bytes ? fragment_bytes : sum_bytes;
 };
 
-/* Rows r and r + 8 of a chunk in a lane. */
-typedef uint32_t words[2][4];
-
-DEVICE void zero_words(words w)
-{
-#pragma unroll
-    for (int h = 0; h < 2; h++)
-#pragma unroll
-        for (int p = 0; p < 4; p++)
-            w[h][p] = 0;
-}
-
-/* at: the lane's channels of its first row. left: rows that there are from that row on. */
-DEVICE void load_words(words w, const uint16_t *at, int64_t stride, int left)
-{
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        uint4 bits = make_uint4(0, 0, 0, 0);
-        if (left > 8 * h)
-            bits = load16(at + 8 * h * stride);
-        w[h][0] = bits.x, w[h][1] = bits.y, w[h][2] = bits.z, w[h][3] = bits.w;
-    }
-}
-
-DEVICE void store_words(const words w, uint16_t *at, int64_t stride, int left)
-{
-#pragma unroll
-    for (int h = 0; h < 2; h++)
-        if (left > 8 * h)
-            store16(at + 8 * h * stride, make_uint4(w[h][0], w[h][1], w[h][2], w[h][3]));
-}
-
 /* Entry (k, c) of E or its transpose in a tile that starts at channel `start`; 0 where no group holds both. */
 DEVICE float entry_of_e(const tensor_product &p, int64_t start, int k, int c)
 {
@@ -108,56 +65,18 @@ DEVICE float entry_of_e(const tensor_product &p, int64_t start, int k, int c)
     return p.blocks[(start + row) * n + (column - unit * n)] - (k == c ? 1.0f : 0.0f);
 }
 
-/* Fragment i of chunk pair (out, in): hi and lo of step s = i / 4, column tile i % 4, for each lane. */
+/* The fragments of chunk pairs (out, in). */
 template <class D, int CHUNKS>
 DEVICE void stage_fragments(const tensor_product &p, int64_t start, int threads, uint4 *fragments)
 {
     for (int at = (int)threadIdx.x; at < CHUNKS * CHUNKS * FRAGMENTS * 32; at += threads) {
-        const int lane = at % 32, i = at / 32 % FRAGMENTS, pair = at / 32 / FRAGMENTS;
-        const int k = pair % CHUNKS * CHUNK + lane % 4 * 8 + i / 4 * 4;
-        const int c = pair / CHUNKS * CHUNK + lane / 8 * 8 + i % 4 * 2 + lane / 4 % 2;
-        uint32_t hi[2], lo[2];
+        const fragment_place to = place_of_fragment(at);
+        const int k = to.pair % CHUNKS * CHUNK + to.k, c = to.pair / CHUNKS * CHUNK + to.c;
+        float e[4];
 #pragma unroll
-        for (int w = 0; w < 2; w++) {
-            const float a = entry_of_e(p, start, k + 2 * w, c), b = entry_of_e(p, start, k + 2 * w + 1, c);
-            hi[w] = D::pack(a, b);
-            lo[w] = D::pack(a - D::low(hi[w]), b - D::high(hi[w]));
-        }
-        fragments[at] = make_uint4(hi[0], hi[1], lo[0], lo[1]);
-    }
-}
-
-template <class D> DEVICE void start_at(float acc[4][4], const words x)
-{
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        acc[j][0] = D::low(x[0][j]);
-        acc[j][1] = D::high(x[0][j]);
-        acc[j][2] = D::low(x[1][j]);
-        acc[j][3] = D::high(x[1][j]);
-    }
-}
-
-/* acc += x E of a pair of chunks, for `HELD` row tiles. The lane's fragment i lies at e[i step]. */
-template <class D, int HELD, int STEP> DEVICE void multiply_words(float acc[HELD][4][4], const words *x, const uint4 *e)
-{
-#pragma unroll
-    for (int s = 0; s < 2; s++) {
-        uint4 fragment[4];
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-            fragment[j] = e[(4 * s + j) * STEP];
-#pragma unroll
-        for (int part = 0; part < 2; part++)
-#pragma unroll
-            for (int h = 0; h < HELD; h++) {
-                const uint32_t a[4] = {x[h][0][2 * s], x[h][1][2 * s], x[h][0][2 * s + 1], x[h][1][2 * s + 1]};
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    const uint32_t b[2] = {part ? fragment[j].z : fragment[j].x, part ? fragment[j].w : fragment[j].y};
-                    D::mma(acc[h][j], a, b);
-                }
-            }
+        for (int i = 0; i < 4; i++)
+            e[i] = entry_of_e(p, start, k + i, c);
+        fragments[at] = fragment_of<D>(e);
     }
 }
 
@@ -222,18 +141,7 @@ DEVICE void rotate_words(words *out, const tensor_level &level, int chunk, const
             multiply_words<D, HELD, STEP>(acc, x[in], e + (chunk * CHUNKS + in) * FRAGMENTS * STEP);
 #pragma unroll
     for (int h = 0; h < HELD; h++)
-#pragma unroll
-        for (int p = 0; p < 4; p++) {
-            out[h][0][p] = D::pack(acc[h][p][0], acc[h][p][1]);
-            out[h][1][p] = D::pack(acc[h][p][2], acc[h][p][3]);
-        }
-}
-
-/* First row of a split: whole steps of rows, so that blocks share them evenly. */
-DEVICE int64_t tensor_split_start(int64_t rows, int64_t splits, int64_t split, int64_t step)
-{
-    const int64_t at = (rows + step - 1) / step * split / splits * step;
-    return at < rows ? at : rows;
+        round_words<D>(out[h], acc[h]);
 }
 
 template <class D, int CHUNKS>

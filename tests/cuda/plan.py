@@ -54,10 +54,24 @@ FAMILIES: tuple[Family, ...] = (
         "rotate_backward_tensor<b?f16,[34]>", 255, 16, "the gradient of 96 or 128 channels stays in registers; 2 "
         "blocks an SM take turns", wide=True, hmma=True
     ),
+    Family(
+        "rotate_wide<b?f16>", 168, 0, "3 blocks an SM, as many as their shared memory allows; the next chunk of x is "
+        "loaded ahead", wide=True, hmma=True, prefetch=True
+    ),
+    Family(
+        "rotate_backward_wide<b?f16>", 255, 16, "2 blocks an SM, one of them with a gradient of 64 by 64 in the "
+        "registers of each warp", wide=True, hmma=True, prefetch=True
+    ),
     Family("rotate_general<float,true>", 168, 0, "3 blocks an SM; bound by multiply-adds above G = 62", wide=True),
     Family("rotate_general<(float|double),false>", 168, 0, "float64 and misaligned data: correct rather than fast"),
-    Family("rotate_backward_general<float,true>", 168, 16, "3 blocks an SM", wide=True),
-    Family("rotate_backward_general<(float|double),false>", 168, 16, "float64 and misaligned data"),
+    Family(
+        "rotate_backward_groups<float,true>", 168, 16, "3 blocks an SM, each with x and dy loaded ahead: 48 KB in "
+        "flight", wide=True
+    ),
+    Family("rotate_backward_groups<(float|double),false>", 168, 16, "float64 and misaligned data"),
+    Family("rotate_levels<.*>", 168, 128, "3 blocks an SM, as those of one level; what a phase does lies in shared"),
+    Family("rotate_backward_levels<float,true>", 168, 304, "3 blocks an SM; bound by multiply-adds", wide=True),
+    Family("rotate_backward_levels<(float|double),false>", 168, 304, "3 blocks an SM, as those of one level"),
     Family("scale_kernel<.*,true>", 64, 0, "4 blocks of 256 threads an SM", wide=True),
     Family("scale_kernel<.*,false>", 168, 0, "misaligned data, a value at a time"),
     Family("scale_backward_kernel<.*,true,[12]>", 128, 16388, "2 blocks of 256 threads an SM, their sums", wide=True),
@@ -65,11 +79,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("blocks_of_groups<(float|double),(4|8|16)>", 128, 0, "a row of a block and what eliminates it"),
     Family("blocks_of_groups<(float|double),32>", 255, 0, "rows of 32; few CUDA blocks, so latency counts"),
     Family("blocks_of_groups_backward<.*>", 128, 0, "the same backward"),
-    Family("cayley_in_shared<.*>", 128, 512, "one CUDA block for a block of up to 96 in dynamic shared memory"),
-    Family("skew<.*>", 64, 17280, "a tile and its mirror image in shared memory"),
-    Family("eliminate_panels", 64, 768, "a panel of a block above 96; its pivots are shared"),
-    Family("transform", 128, 0, "tiles of a block above 96"),
-    Family("finish_cayley<.*>", 64, 0, "one entry a thread"),
-    Family("multiply<double,[0-9]>", 128, 8448, "two tiles of 32 columns in shared memory"),
-    Family("multiply<float,[0-9]>", 128, 4224, "two tiles of 32 columns in shared memory"),
+    Family("large_blocks<.*>", 128, 512, "2 blocks of 256 threads an SM, each with a matrix in dynamic shared memory"),
+    Family("wide_blocks<.*>", 128, 1024, "a block of 512 threads an SM, with a panel in dynamic shared memory"),
+    Family("large_blocks_backward<.*>", 128, 0, "2 blocks of 256 threads an SM"),
 )

@@ -3,12 +3,14 @@ extern "C" {
 #include "support.h"
 }
 #include "boft_cuda.h"
+#include "on_cpu.h"
 
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
 static const boft_dtype dtypes[] = {BOFT_F32, BOFT_BF16, BOFT_F16, BOFT_F64};
+static const boft_dtype halves[] = {BOFT_BF16, BOFT_F16};
 
 /* How rows lie: one after the other and aligned to 16 bytes, with gaps that keep that alignment, or without it. */
 enum { ALIGNED, ALIGNED_GAPS, MISALIGNED, EXPANDED, LAYOUTS };
@@ -78,7 +80,21 @@ static double *random_rows(boft_dtype dtype, int64_t rows, int64_t d, int64_t st
     return x;
 }
 
-static void make_problem(problem *p, shape at, boft_dtype dtype, int64_t rows, int transpose, int layout, double size)
+/* The same rotation with a level for each factor: what plans have only where d is large. */
+static void split_levels(boft_plan *plan)
+{
+    plan->levels = plan->m;
+    plan->count = plan->m * plan->d * plan->b;
+    for (int64_t i = 0; i < plan->m; i++) {
+        const int64_t runs = i == 0 ? 1 : 2;
+        plan->level[i] = {i, 1, plan->b, runs, plan->b / runs, (int64_t)1 << i, i * plan->d * plan->b};
+    }
+}
+
+enum { FEW_LEVELS, ALL_LEVELS };
+
+static void make_problem(problem *p, shape at, boft_dtype dtype, int64_t rows, int transpose, int layout, double size,
+                         int levels = FEW_LEVELS)
 {
     const int64_t vector = (int64_t)(16 / dtype_size(dtype));
     *p = {};
@@ -88,6 +104,8 @@ static void make_problem(problem *p, shape at, boft_dtype dtype, int64_t rows, i
     p->layout = layout;
     p->rows = rows;
     EXPECT_OK(boft_plan_make(at.d, at.b, at.m, &p->plan));
+    if (levels == ALL_LEVELS)
+        split_levels(&p->plan);
     const int64_t gap = layout == ALIGNED ? 0 : layout == MISALIGNED ? 1 : vector;
     p->x_stride = layout == EXPANDED ? 0 : at.d + gap;
     p->dy_stride = layout == EXPANDED ? 0 : at.d + 3 * gap;
@@ -148,6 +166,19 @@ static double roundings(const boft_plan *plan, int64_t terms)
     return 4 + 2 * sqrt((double)(plan->levels * plan->super + terms));
 }
 
+/* Work of any shape takes one launch. */
+static void expect_launches(const char *what, int expected)
+{
+    EXPECT(on_cpu_launches == expected, "%s: %d launches, expected %d", what, on_cpu_launches, expected);
+}
+
+/* Of `plan->count` reals, which are aligned to no more than that. */
+static void *blocks_room(const problem *p)
+{
+    const size_t real = dtype_size(p->real), skipped = (size_t)random_below(2) * real;
+    return (char *)guarded((size_t)p->plan.count * real + skipped, real, next_side()) + skipped;
+}
+
 static void check_forward(const problem *p)
 {
     const boft_plan *plan = &p->plan;
@@ -156,7 +187,9 @@ static void check_forward(const problem *p)
     void *y = room(p, p->y_stride);
     boft_rotate_args args = {plan, p->dtype, p->transpose, p->rows, stored(p, p->x_stride, p->x), p->x_stride,
                              guarded_copy(p->blocks, (size_t)plan->count * real, real, next_side()), y, p->y_stride};
+    on_cpu_launches = 0;
     EXPECT_OK(boft_cuda_rotate(&args, workspace, NULL));
+    expect_launches("rotate", p->rows > 0);
     expect_norm("y", p->dtype, p->real, y, p->y_stride, p->rows, plan->d, p->y, roundings(plan, 0));
     EXPECT_GAPS("y", p->dtype, y, p->y_stride, p->rows, plan->d);
 }
@@ -169,12 +202,14 @@ static void check_backward(const problem *p, int want_dx, int want_dblocks)
     unsigned *counters = (unsigned *)guarded(BOFT_CUDA_COUNTERS * sizeof(unsigned), sizeof(unsigned), GUARD_END);
     memset(counters, 0, BOFT_CUDA_COUNTERS * sizeof(unsigned));
     void *dx = want_dx ? room(p, p->dx_stride) : NULL;
-    void *dblocks = want_dblocks ? guarded((size_t)plan->count * real, real, next_side()) : NULL;
+    void *dblocks = want_dblocks ? blocks_room(p) : NULL;
     const void *dy = stored(p, p->dy_stride, p->dy), *x = want_dblocks ? stored(p, p->x_stride, p->x) : NULL;
     const void *blocks = guarded_copy(p->blocks, (size_t)plan->count * real, real, next_side());
     boft_rotate_backward_args args = {plan, p->dtype, p->transpose, p->rows, dy, p->dy_stride, x, p->x_stride,
                                       want_dx || plan->levels > 1 ? blocks : NULL, NULL, dx, p->dx_stride, dblocks};
+    on_cpu_launches = 0;
     EXPECT_OK(boft_cuda_rotate_backward(&args, workspace, counters, NULL));
+    expect_launches("rotate backward", want_dblocks || p->rows > 0);
     for (int i = 0; i < BOFT_CUDA_COUNTERS; i++)
         if (!EXPECT(counters[i] == 0, "counter %d is %u after the call", i, counters[i]))
             break;
@@ -211,6 +246,31 @@ static results run(const problem *p)
     void *workspace = guarded(boft_cuda_rotate_backward_workspace(plan, p->dtype, p->rows), 256, GUARD_END);
     EXPECT_OK(boft_cuda_rotate_backward(&backward, workspace, counters, NULL));
     return out;
+}
+
+/* However many thread blocks of a launch a device holds at a time, the results are the same bits. */
+static void check_residents(shape at, boft_dtype dtype, int transpose, int levels)
+{
+    test_case("%s d = %lld, b = %lld, m = %lld%s in %s, resident blocks", dtype_name(dtype), (long long)at.d,
+              (long long)at.b, (long long)at.m, transpose ? ", transpose" : "",
+              levels == ALL_LEVELS ? "all levels" : "few levels");
+    const int before = on_cpu_resident, residents[] = {1, 3, 32};
+    problem p;
+    make_problem(&p, at, dtype, 131, transpose, ALIGNED, 0.5, levels);
+    const size_t rows_bytes = (size_t)(p.rows * at.d) * dtype_size(dtype);
+    const size_t blocks_bytes = (size_t)p.plan.count * dtype_size(p.real);
+    results first = {};
+    for (int resident : residents) {
+        on_cpu_resident = resident;
+        const results now = run(&p);
+        if (!first.y)
+            first = now;
+        EXPECT(memcmp(first.y, now.y, rows_bytes) == 0, "y differs with %d", resident);
+        EXPECT(memcmp(first.dx, now.dx, rows_bytes) == 0, "dx differs with %d", resident);
+        EXPECT(memcmp(first.dblocks, now.dblocks, blocks_bytes) == 0, "dblocks differs with %d", resident);
+    }
+    on_cpu_resident = before;
+    release_memory();
 }
 
 /* The same bits as before, but NaN or an infinity where something depends on the value that is not finite. */
@@ -275,13 +335,14 @@ static const char *layout_name(int layout)
     return names[layout];
 }
 
-static void check(shape at, boft_dtype dtype, int64_t rows, int transpose, int layout, double size)
+static void check(shape at, boft_dtype dtype, int64_t rows, int transpose, int layout, double size,
+                  int levels = FEW_LEVELS)
 {
-    test_case("%s d = %lld, b = %lld, m = %lld, %lld rows%s, %s, parameters of %g", dtype_name(dtype), (long long)at.d,
-              (long long)at.b, (long long)at.m, (long long)rows, transpose ? ", transpose" : "", layout_name(layout),
-              size);
+    test_case("%s d = %lld, b = %lld, m = %lld%s, %lld rows%s, %s, parameters of %g", dtype_name(dtype),
+              (long long)at.d, (long long)at.b, (long long)at.m, levels == ALL_LEVELS ? " in all levels" : "",
+              (long long)rows, transpose ? ", transpose" : "", layout_name(layout), size);
     problem p;
-    make_problem(&p, at, dtype, rows, transpose, layout, size);
+    make_problem(&p, at, dtype, rows, transpose, layout, size, levels);
     check_forward(&p);
     check_backward(&p, 1, 1);
     if (rows < 20) {
@@ -312,11 +373,40 @@ int main(int argc, char **argv)
                 if (layout != ALIGNED)
                     check(at, dtype, rows[random_below(6)], transpose, ALIGNED, 0.5);
             }
+    /* Wide groups on tensor cores: of all numbers of chunks of 32 channels, and several groups. */
+    const shape wide[] = {{272, 136, 1}, {320, 160, 1}, {320, 80, 2}, {216, 216, 1}, {224, 224, 1},
+                          {512, 256, 1}, {320, 320, 1}, {384, 384, 1}};
+    int which = 0;
+    for (const shape &at : wide)
+        for (boft_dtype dtype : halves) {
+            const int64_t rows[] = {35, 131, 7, 19};
+            check(at, dtype, rows[which % 4], which % 3 == 0, which % 2 ? ALIGNED_GAPS : ALIGNED, 0.5);
+            which++;
+        }
+    for (boft_dtype dtype : halves) {
+        check({160, 160, 1}, dtype, 300, dtype == BOFT_BF16, EXPANDED, 0.5);
+        check({160, 160, 1}, dtype, 16, 0, ALIGNED, 1e-4);
+    }
+    /* More levels than plans have at this size. */
+    const shape deep[] = {{48, 4, 3}, {96, 6, 5}, {64, 2, 6}, {272, 34, 4}, {192, 96, 2}};
+    for (const shape &at : deep)
+        for (boft_dtype dtype : dtypes)
+            for (int transpose = 0; transpose < 2; transpose++) {
+                const int64_t rows[] = {1, 19, 35, 65, 131};
+                check(at, dtype, rows[random_below(5)], transpose, (int)random_below(LAYOUTS), 0.5, ALL_LEVELS);
+            }
+    check({1024, 16, 7}, BOFT_BF16, 9, 0, ALIGNED, 0.5);
+    for (boft_dtype dtype : dtypes) {
+        check_residents({96, 6, 5}, dtype, 0, ALL_LEVELS);
+        check_residents({256, 8, 6}, dtype, 1, FEW_LEVELS);
+    }
+    check_residents({160, 160, 1}, BOFT_F16, 0, FEW_LEVELS);
     for (boft_dtype dtype : dtypes)
         for (double size = 1e-4; size < 2; size *= 100)
             check({96, 8, 2}, dtype, 33, 0, ALIGNED, size);
     for (boft_dtype dtype : dtypes) {
         check({96, 8, 2}, dtype, 0, 0, ALIGNED, 0.5);
+        check({160, 160, 1}, dtype, 0, 0, ALIGNED, 0.5);
         check({256, 8, 6}, dtype, 0, 1, ALIGNED, 0.5);
     }
     const shape confined[] = {{64, 4, 1},   {96, 8, 2},   {120, 5, 1}, {160, 20, 2},

@@ -10,8 +10,8 @@ from boft_ext import BOFTConfig, BOFTLinear, functional
 DELAY_CYCLES = 50_000_000  # about 30 ms
 
 
-def make(device, dtype=torch.float32, d=256, out=192, rows=300):
-    adapter = BOFTConfig(boft_block_size=8, boft_n_butterfly_factor=2, init_weights=False)
+def make(device, dtype=torch.float32, d=256, out=192, rows=300, m=2):
+    adapter = BOFTConfig(boft_block_size=8, boft_n_butterfly_factor=m, init_weights=False)
     layer = BOFTLinear.from_linear(nn.Linear(d, out).to(device, dtype), adapter)
     x, dy = torch.randn(rows, d).to(device, dtype).requires_grad_(), torch.randn(rows, out).to(device, dtype)
     return layer, x, dy
@@ -62,9 +62,11 @@ def test_streams_side_by_side(cuda):
         assert_equal(result, expected)
 
 
+@pytest.mark.parametrize("m", [2, 6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_graph_capture_and_replay(dtype, cuda):
-    layer, x, dy = make(cuda, dtype)
+def test_graph_capture_and_replay(dtype, m, cuda):
+    """With 6 factors a rotation has phases that wait for each other."""
+    layer, x, dy = make(cuda, dtype, m=m)
     stream = torch.cuda.Stream(cuda)
     stream.wait_stream(torch.cuda.current_stream(cuda))
     with torch.cuda.stream(stream):
@@ -143,6 +145,23 @@ def test_launches_of_the_operators(cuda):
         lambda: ops.scale_backward(dy, x, s, bias, False, True, True, False),
         lambda: ops.rotate_backward(dy, x, blocks, 8, 2, False, True, True),
         lambda: ops.blocks_backward(dblocks, q, None),
+    ):
+        ran = launches(call)
+        assert len(ran) == 1, ran
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("d, b, m", [(256, 64, 1), (320, 80, 1), (320, 160, 1), (256, 8, 6), (1280, 80, 5)])
+def test_a_rotation_of_any_shape_is_one_launch_each_way(d, b, m, dtype, cuda):
+    """Small and large blocks, one level and several."""
+    ops, real = torch.ops.boft, torch.promote_types(dtype, torch.float32)
+    blocks, _ = ops.blocks(torch.randn(m, d // b, b, b, device=cuda, dtype=real), None)
+    x, dy = (torch.randn(300, d, device=cuda).to(dtype) for _ in range(2))
+    for call in (
+        lambda: ops.rotate(x, blocks, b, m, False),
+        lambda: ops.rotate_backward(dy, x, blocks, b, m, False, True, True),
+        lambda: ops.rotate_backward(dy, x, blocks, b, m, False, True, False),
+        lambda: ops.rotate_backward(dy, x, blocks, b, m, False, False, True),
     ):
         ran = launches(call)
         assert len(ran) == 1, ran
