@@ -17,14 +17,18 @@ SOURCES := setup.py setup_cuda.py pyproject.toml $(shell find csrc)
 # What make gpu runs after its build.
 PART := all
 
+# What make examples runs: folders of examples, all by default. make examples NAMES='vision glue'
+NAMES :=
+
 # Releases of PEFT, or folders of its checkouts: make test-peft-versions VERSIONS=0.18.1
 VERSIONS := 0.18.1 0.19.1 0.20.0 0.21.2
 
-.PHONY: help build demo test test-peft test-peft-versions cuda-check gpu bench plots clean
+.PHONY: help build demo examples test test-peft test-peft-versions cuda-check gpu bench plots clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo       fine-tune a small pretrained model with BOFT and compare: examples/finetune_text.py'
+	@echo 'make examples   run what each examples/*/README.md says under "Run it here"; NAMES="vision glue" runs these two'
 	@echo 'make test       run the tests of the C core, the CUDA kernels (on the CPU) and the Python package'
 	@echo "make test-peft  run PEFT's own BOFT tests with boft_ext patched in"
 	@echo 'make test-peft-versions  the tests of the PEFT patch and the former with each PEFT in VERSIONS'
@@ -64,6 +68,10 @@ build: $(BUILT)
 
 demo: $(BUILT)
 	$(PY) examples/finetune_text.py
+
+# examples is also a folder: .PHONY above.
+examples: $(BUILT)
+	$(PY) scripts/examples.py $(NAMES)
 
 test: $(BUILT) $(VENV)/torchao
 	$(MAKE) -C tests/c check

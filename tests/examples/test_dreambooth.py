@@ -190,14 +190,15 @@ def test_two_processes_end_with_one_adapter(tiny, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", str(port)]
+    # Without MPI `accelerate launch --cpu` starts one process only.
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
     arguments = command(tiny, tmp_path, *with_class(tmp_path / "class", 3), "--max-train-steps", 2)
     done = subprocess.run(
         [sys.executable, *launch, str(EXAMPLES / SCRIPT), *map(str, arguments)],
         capture_output=True,
         text=True,
         encoding="utf-8",
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("boft_ext ") == 1
