@@ -33,7 +33,7 @@ def adapt(add: Callable[[], Any]) -> Any:
 
 
 def first_line(model: nn.Module) -> str:
-    """``boft_ext 0.1 on avx512 (cpu): BOFT m=2 b=8 on 24 layers, 1,000 trainable parameters, 600 effective``.
+    """``boft_ext 0.1 on cpu (kernels: avx512): BOFT m=2 b=8 on 24 layers, 1,000 trainable parameters, 600 effective``.
 
     Args:
         model: with a BOFT adapter, by whatever way. Trainable parameters count everything that trains, as stored;
