@@ -86,6 +86,7 @@ class Run:
         folder: Path = options.class_data_dir
         absent = [number for number in range(options.num_class_images) if not _class_file(folder, number).exists()]
         missing = absent[: max(0, options.num_class_images - len(image_files(folder)))]
+        accelerator.wait_for_everyone()  # all must have looked before one draws, or they would share other lists
         if missing:
             folder.mkdir(parents=True, exist_ok=True)
             with torch.no_grad():
