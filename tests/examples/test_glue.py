@@ -10,7 +10,7 @@ import torch
 from recipe_runs import EXAMPLES, assert_refused, call_main, run, run_code
 
 SCRIPT = "glue/finetune_glue.py"
-STEPS, EVERY = 40, 14
+STEPS, EVERY = 60, 42
 
 RELOAD = """
 import sys
@@ -47,16 +47,21 @@ def modules(monkeypatch):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """The folder of a layer of MiniLM and its pairs of sentences; ``few.tsv`` holds 28 of them."""
+    """The folder of a layer of MiniLM and its pairs of sentences; ``few.tsv`` holds 28 about one of two subjects."""
     folder = tmp_path_factory.mktemp("small")
     run("glue/make_small_task.py", folder, "--layers", 1, "--per-module", 80)
-    lines = (folder / "train.tsv").read_text(encoding="utf-8").splitlines()[:29]
-    (folder / "few.tsv").write_text("\n".join(lines), encoding="utf-8")
+    subjects = ("river lake rain sea wave ice snow".split(), "bank price loan tax market wage coin".split())
+    rows = [
+        f"Nobody knew the {word}.\tThe {other} was a surprise.\t{label}"
+        for label, words in enumerate(subjects)
+        for word, other in zip(words + words, words[1:] + words[:1] + words[2:] + words[:2], strict=True)
+    ]
+    (folder / "few.tsv").write_text("\n".join(["sentence1\tsentence2\tlabel", *rows]), encoding="utf-8")
     return folder
 
 
 def command(small, output, *arguments):
-    """Arguments of a run that learns few pairs by heart, 4 steps an epoch; a checkpoint lies within the fourth."""
+    """Arguments of a run over the few pairs, 4 steps an epoch; a checkpoint lies within an epoch."""
     return [
         *("--task", "mrpc", "--model", small / "model", "--train-file", small / "few.tsv"),
         *("--validation-file", small / "few.tsv", "--output-dir", output, "--max-length", 32),
@@ -81,8 +86,8 @@ def test_a_run_improves_and_leaves_its_files(tuned):
     assert printed.startswith("boft_ext") and "BOFT m=2 b=8 on 6 layers" in printed.splitlines()[0]
     metrics = metrics_of(output)
     assert set(metrics["after"]) == {"loss", "accuracy", "f1"}
-    assert metrics["after"]["loss"] < metrics["before"]["loss"] - 0.03
-    assert metrics["after"]["accuracy"] > metrics["before"]["accuracy"]
+    assert metrics["after"]["loss"] < 0.5 * metrics["before"]["loss"]
+    assert metrics["after"]["accuracy"] > metrics["before"]["accuracy"] + 0.2
     assert list((output / "logs").glob("events.*"))
     config = json.loads((output / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["peft_type"] == "BOFT" and config["boft_n_butterfly_factor"] == 2 and config["bias"] == "boft_only"
@@ -99,7 +104,7 @@ def test_saved_adapter_gives_the_same_in_a_fresh_process(small, tuned):
 
 
 def test_a_resumed_run_ends_with_the_same_weights(small, tuned, tmp_path):
-    shutil.copytree(tuned[0] / "checkpoint-14", tmp_path / "checkpoint-14")
+    shutil.copytree(tuned[0] / "checkpoint-42", tmp_path / "checkpoint-42")
     run(SCRIPT, *command(small, tmp_path, "--resume-from-checkpoint", "latest"))
     weights = [(output / "adapter" / "adapter_model.safetensors").read_bytes() for output in (tuned[0], tmp_path)]
     assert weights[0] == weights[1]
