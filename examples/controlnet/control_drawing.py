@@ -25,7 +25,7 @@ def draw(
     """One image for each condition and text, from the seeds ``options.seed``, ``options.seed + 1``, …
 
     Args:
-        options: of `control_options.add_drawing_options`, and `seed`.
+        options: of `diffusion_options.add_drawing_options`, and `seed`.
     """
     device, dtype = frozen.vae.device, frozen.vae.dtype
     images: list[Image.Image] = []

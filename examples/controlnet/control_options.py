@@ -14,42 +14,23 @@ from recipe_tools.arguments import (
     chosen_blocks,
     number,
     output_folder,
-    rate,
     whole,
+)
+from recipe_tools.diffusion_options import (
+    MANY,
+    add_drawing_options,
+    add_pipeline_options,
+    add_training_options,
+    add_worker_option,
 )
 
 HINT_CHANNELS = (16, 32, 96, 256)
-_MANY = 10**9
-_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "polynomial")
+INFERENCE_STEPS = 20
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add what training and drawing both need to find the base model."""
-    parser.add_argument(
-        "--pretrained-model-name-or-path",
-        required=True,
-        metavar="MODEL",
-        help="a Stable Diffusion 1.x or 2.x pipeline: a name on the hub, or a folder",
-    )
-    parser.add_argument("--revision", help="revision of the model on the hub")
-    parser.add_argument("--variant", help="variant of its files, such as fp16")
-    parser.add_argument(
-        "--resolution", type=_pixels, default=512, help="pixels of a side, a multiple of 8 (default %(default)s)"
-    )
-    parser.add_argument("--seed", type=whole(0, 2**31), default=0, help="of everything random (default %(default)s)")
-
-
-def add_drawing_options(parser: argparse.ArgumentParser) -> None:
-    """Add how images are drawn."""
-    parser.add_argument(
-        "--inference-steps", type=whole(1, 10**4), default=20, help="steps per image (default %(default)s)"
-    )
-    parser.add_argument(
-        "--guidance-scale", type=number(0, 100), default=7.5, help="of the text (default %(default)s)"
-    )
-    parser.add_argument(
-        "--sample-batch-size", type=whole(1, 1024), default=4, help="images drawn at once (default %(default)s)"
-    )
+    add_pipeline_options(parser, "Stable Diffusion 1.x or 2.x", 8)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -110,41 +91,16 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="share of the texts that training leaves out (default %(default)g)",
     )
-    group.add_argument(
-        "--dataloader-num-workers", type=whole(0, 256), default=0, help="processes that read (default %(default)s)"
-    )
+    add_worker_option(group)
 
 
 def _add_training_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
-    group.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="where everything is written")
+    add_training_options(group, 16, "pairs", 1e-5)
     group.add_argument(
         "--num-train-epochs", type=whole(1, 10**6), default=20, help="passes over the data (default %(default)s)"
     )
-    group.add_argument("--max-train-steps", type=whole(1, _MANY), help="updates of the weights, instead of epochs")
-    group.add_argument(
-        "--train-batch-size",
-        type=whole(1, 4096),
-        default=16,
-        help="pairs per process and backward pass (default %(default)s)",
-    )
-    group.add_argument(
-        "--gradient-accumulation-steps", type=whole(1, 4096), default=1, help="backward passes per step"
-    )
-    group.add_argument(
-        "--gradient-checkpointing", action="store_true", help="recompute activations in the backward pass"
-    )
-    group.add_argument("--learning-rate", type=rate, default=1e-5, help="of AdamW (default %(default)g)")
-    group.add_argument("--adam-weight-decay", type=number(0, 1), default=1e-2, help="(default %(default)g)")
-    group.add_argument("--adam-epsilon", type=number(0, 1), default=1e-8, help="(default %(default)g)")
-    group.add_argument("--max-grad-norm", type=number(0, 1e9), default=1.0, help="(default %(default)g)")
-    group.add_argument("--lr-scheduler", choices=_SCHEDULES, default="constant", help="(default %(default)s)")
-    group.add_argument("--lr-warmup-steps", type=whole(0, _MANY), default=0, help="(default %(default)s)")
-    group.add_argument(
-        "--mixed-precision",
-        choices=("no", "fp16", "bf16"),
-        help="16 bits for the frozen weights and the arithmetic (default: what accelerate is configured for)",
-    )
+    group.add_argument("--max-train-steps", type=whole(1, MANY), help="updates of the weights, instead of epochs")
 
 
 def _add_validation_options(parser: argparse.ArgumentParser) -> None:
@@ -156,7 +112,7 @@ def _add_validation_options(parser: argparse.ArgumentParser) -> None:
         help="rows at the end of the data that are not trained on but measured and drawn (default %(default)s)",
     )
     group.add_argument(
-        "--validation-steps", type=whole(1, _MANY), default=500, help="steps per drawing of them (default %(default)s)"
+        "--validation-steps", type=whole(1, MANY), default=500, help="steps per drawing of them (default %(default)s)"
     )
     group.add_argument(
         "--control-metric",
@@ -164,11 +120,4 @@ def _add_validation_options(parser: argparse.ArgumentParser) -> None:
         default="loss",
         help="loss: denoising loss of the held-out rows; shapes: also the control error of drawn shapes",
     )
-    add_drawing_options(group)
-
-
-def _pixels(text: str) -> int:
-    value = whole(8, 8192)(text)
-    if value % 8:
-        raise argparse.ArgumentTypeError(f"expected a multiple of 8, got {text!r}")
-    return value
+    add_drawing_options(group, INFERENCE_STEPS)

@@ -18,10 +18,10 @@ from control import TARGETS, Control, make_control
 from control_options import HINT_CHANNELS
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from peft import BOFTConfig
+from recipe_tools.counts import on_fake_cpu, saved_and_flop
 from recipe_tools.report import patch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -73,27 +73,11 @@ def control(way: str, blocks: int, factors: int) -> Control:
     )
     with torch.device("meta"):
         module = make_control(way, unet(), config, HINT_CHANNELS)
-    # Adapters on the meta device cannot run; fake tensors say that they are on the CPU.
-    for part in module.modules():
-        for values in (part._parameters, part._buffers):
-            for name, value in values.items():
-                if value is not None:
-                    empty = torch.empty_like(value, device="cpu")
-                    values[name] = nn.Parameter(empty, value.requires_grad) if isinstance(value, nn.Parameter) else empty
-    return module
+    return on_fake_cpu(module)
 
 
 def step(module: Control) -> tuple[int, int]:
     """Bytes that one sample of 512 x 512 pixels saves for the backward pass, and the flop of both passes."""
-    parameters = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
-    saved: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in parameters:
-            saved[storage._cdata] = storage
-        return tensor
-
     module.train()
     inputs = (
         torch.empty(1, 4, LATENT, LATENT),
@@ -101,11 +85,7 @@ def step(module: Control) -> tuple[int, int]:
         torch.empty(1, TOKENS, WIDTH),
         torch.empty(1, 3, 8 * LATENT, 8 * LATENT),
     )
-    with FlopCounterMode(display=False) as counter:
-        with saved_tensors_hooks(keep, lambda tensor: tensor):
-            output = module(*inputs)
-        output.float().square().mean().backward()
-    return sum(storage.nbytes() for storage in saved.values()), counter.get_total_flops()
+    return saved_and_flop(module, lambda: module(*inputs))
 
 
 def _count(module: nn.Module) -> int:

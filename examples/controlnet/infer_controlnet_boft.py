@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from control_options import add_drawing_options, add_model_options
+from control_options import INFERENCE_STEPS, add_model_options
 from recipe_tools.arguments import Parser, output_folder
+from recipe_tools.diffusion_options import add_drawing_options
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -34,7 +35,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--mixed-precision", choices=("no", "fp16", "bf16"), default="no", help="as in training (default %(default)s)"
     )
-    add_drawing_options(parser)
+    add_drawing_options(parser, INFERENCE_STEPS)
     options = parser.parse_args(argv)
     if len(options.prompt) == 1:
         options.prompt *= len(options.conditioning_image)

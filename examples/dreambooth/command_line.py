@@ -13,46 +13,27 @@ from recipe_tools.arguments import (
     chosen_blocks,
     number,
     output_folder,
-    rate,
     whole,
 )
+from recipe_tools.diffusion_options import (
+    MANY,
+    add_drawing_options,
+    add_pipeline_options,
+    add_training_options,
+    add_worker_option,
+)
 
-_MANY = 10**9
-_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "polynomial")
+INFERENCE_STEPS = 25
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add what training and drawing both need to find the base model."""
-    parser.add_argument(
-        "--pretrained-model-name-or-path",
-        required=True,
-        metavar="MODEL",
-        help="a Stable Diffusion, Stable Diffusion XL or FLUX.1 pipeline: a name on the hub, or a folder",
-    )
-    parser.add_argument("--revision", help="revision of the model on the hub")
-    parser.add_argument("--variant", help="variant of its files, such as fp16")
-    parser.add_argument(
-        "--resolution", type=whole(8, 8192), default=512, help="pixels of a side (default %(default)s)"
-    )
+    add_pipeline_options(parser, "Stable Diffusion, Stable Diffusion XL or FLUX.1", 16)
     parser.add_argument(
         "--max-sequence-length",
         type=whole(1, 4096),
         default=512,
         help="tokens of FLUX's second text encoder (default %(default)s)",
-    )
-    parser.add_argument("--seed", type=whole(0, 2**31), default=0, help="of everything random (default %(default)s)")
-
-
-def add_drawing_options(parser: argparse.ArgumentParser) -> None:
-    """Add how pictures are drawn."""
-    parser.add_argument(
-        "--inference-steps", type=whole(1, 10**4), default=25, help="steps per picture (default %(default)s)"
-    )
-    parser.add_argument(
-        "--guidance-scale", type=number(0, 100), default=7.5, help="of the text (default %(default)s; FLUX.1-dev: 3.5)"
-    )
-    parser.add_argument(
-        "--sample-batch-size", type=whole(1, 1024), default=4, help="pictures drawn at once (default %(default)s)"
     )
 
 
@@ -101,39 +82,14 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--center-crop", action="store_true", help="crop the middle, not a random part")
     group.add_argument("--random-flip", action="store_true", help="mirror half of the pictures")
-    group.add_argument(
-        "--dataloader-num-workers", type=whole(0, 256), default=0, help="processes that read (default %(default)s)"
-    )
+    add_worker_option(group)
 
 
 def _add_training_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
-    group.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="where everything is written")
+    add_training_options(group, 4, "pictures of the subject", 3e-5)
     group.add_argument(
-        "--max-train-steps", type=whole(1, _MANY), default=2000, help="updates of the weights (default %(default)s)"
-    )
-    group.add_argument(
-        "--train-batch-size",
-        type=whole(1, 4096),
-        default=4,
-        help="pictures of the subject per process and backward pass (default %(default)s)",
-    )
-    group.add_argument(
-        "--gradient-accumulation-steps", type=whole(1, 4096), default=1, help="backward passes per step"
-    )
-    group.add_argument(
-        "--gradient-checkpointing", action="store_true", help="recompute activations in the backward pass"
-    )
-    group.add_argument("--learning-rate", type=rate, default=3e-5, help="of AdamW (default %(default)g)")
-    group.add_argument("--adam-weight-decay", type=number(0, 1), default=1e-2, help="(default %(default)g)")
-    group.add_argument("--adam-epsilon", type=number(0, 1), default=1e-8, help="(default %(default)g)")
-    group.add_argument(
-        "--max-grad-norm", type=number(0, 1e6), default=1.0, help="clips the gradient (default %(default)g)"
-    )
-    group.add_argument("--lr-scheduler", choices=_SCHEDULES, default=_SCHEDULES[0], help="(default %(default)s)")
-    group.add_argument("--lr-warmup-steps", type=whole(0, _MANY), default=0, help="(default %(default)s)")
-    group.add_argument(
-        "--mixed-precision", choices=("no", "fp16", "bf16"), help="dtype of what is frozen (default: accelerate's)"
+        "--max-train-steps", type=whole(1, MANY), default=2000, help="updates of the weights (default %(default)s)"
     )
 
 
@@ -144,15 +100,13 @@ def _add_validation_options(parser: argparse.ArgumentParser) -> None:
         "--num-validation-images", type=whole(1, 64), default=4, help="how many each time (default %(default)s)"
     )
     group.add_argument(
-        "--validation-steps", type=whole(1, _MANY), default=500, help="steps between them (default %(default)s)"
+        "--validation-steps", type=whole(1, MANY), default=500, help="steps between them (default %(default)s)"
     )
-    add_drawing_options(group)
+    add_drawing_options(group, INFERENCE_STEPS)
 
 
 def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     options.boft_blocks = chosen_blocks(parser, options)
-    if options.resolution % 16:
-        parser.error(f"--resolution {options.resolution} must be a multiple of 16")
     if not options.instance_data_dir.is_dir():
         parser.error(f"--instance-data-dir {options.instance_data_dir} is not a folder")
     given = [name for name in ("class_data_dir", "class_prompt") if getattr(options, name)]

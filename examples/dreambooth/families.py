@@ -70,7 +70,7 @@ class Family(ABC):
         """One picture of `text` (one row) for each seed; `negative` guides away from its text.
 
         Args:
-            options: of `command_line.add_drawing_options`.
+            options: of `diffusion_options.add_drawing_options`.
         """
         pictures: list[Image.Image] = []
         for first in range(0, len(seeds), options.sample_batch_size):

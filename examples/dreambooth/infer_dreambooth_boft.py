@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from command_line import add_drawing_options, add_model_options
+from command_line import INFERENCE_STEPS, add_model_options
 from recipe_tools.arguments import Parser, output_folder, whole
+from recipe_tools.diffusion_options import add_drawing_options
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 
@@ -31,10 +32,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the weights (%(default)s)"
     )
     parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="where the pictures go")
-    add_drawing_options(parser)
+    add_drawing_options(parser, INFERENCE_STEPS)
     options = parser.parse_args(argv)
-    if options.resolution % 16:
-        parser.error(f"--resolution {options.resolution} must be a multiple of 16")
     options.found = [name for name in COMPONENTS if (options.adapter_dir / name / "adapter_config.json").is_file()]
     if not options.found:
         parser.error(f"--adapter-dir {options.adapter_dir} has no adapter of {', '.join(COMPONENTS)}")

@@ -26,7 +26,7 @@ _RESOLUTION = 64
 
 
 def draw_subject(source: random.Random) -> Image.Image:
-    """The subject somewhere on a dark ground, turned somehow: 64 x 64 pixels."""
+    """The subject somewhere on a light ground, turned somehow: 64 x 64 pixels."""
     from PIL import Image, ImageDraw
 
     angle, radius = source.uniform(0, 2 * math.pi), source.uniform(16, 20)
@@ -35,7 +35,7 @@ def draw_subject(source: random.Random) -> Image.Image:
         (centre[0] + radius * math.cos(angle + turn), centre[1] + radius * math.sin(angle + turn))
         for turn in (0, math.pi / 2, math.pi, 3 * math.pi / 2)
     ]
-    image = Image.new("RGB", (_RESOLUTION, _RESOLUTION), (16, 16, 16))
+    image = Image.new("RGB", (_RESOLUTION, _RESOLUTION), (150, 170, 190))
     pen = ImageDraw.Draw(image)
     pen.polygon(corners, fill=(245, 245, 245))
     pen.polygon(corners[:3], fill=(220, 40, 200))
