@@ -14,7 +14,6 @@ import transformers
 from diffusers import DiffusionPipeline
 from PIL import Image
 from recipe_tools.adapters import load_adapter
-from recipe_tools.arguments import fail
 from recipe_tools.images import fit, load_image
 from recipe_tools.models import or_fail
 from torch import Tensor, nn
