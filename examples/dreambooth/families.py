@@ -66,7 +66,9 @@ class Family(ABC):
             latents = self.pipeline.vae.encode(pixels.float()).latent_dist.sample()
         return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
 
-    def draw(self, text: Texts, negative: Texts, seeds: Sequence[int], options: argparse.Namespace) -> list[Image.Image]:
+    def draw(
+        self, text: Texts, negative: Texts, seeds: Sequence[int], options: argparse.Namespace
+    ) -> list[Image.Image]:
         """One picture of `text` (one row) for each seed; `negative` guides away from its text.
 
         Args:
@@ -203,7 +205,8 @@ def load_family(options: argparse.Namespace, dtype: torch.dtype) -> Family:
         )
     except (OSError, ValueError) as error:
         where = "no such folder, and on the hub: " if not Path(name).is_dir() else ""
-        fail(f"--pretrained-model-name-or-path {name} cannot be loaded: {where}{' '.join(str(error).split())[:300]}")
+        reason = " ".join(str(error).split())[:300]
+        fail(f"--pretrained-model-name-or-path {name} cannot be loaded: {where}{reason}")
     family = _FAMILIES.get(type(pipeline).__name__)
     if family is None:
         known = ", ".join(_FAMILIES)

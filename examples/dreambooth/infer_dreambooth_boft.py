@@ -27,7 +27,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to draw")
     parser.add_argument("--num-images", type=whole(1, 1000), default=4, help="how many (default %(default)s)")
-    parser.add_argument("--merge", action="store_true", help="merge the adapters into the weights: plain layers, faster")
+    parser.add_argument("--merge", action="store_true", help="put the adapters into the weights: plain layers")
     parser.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the weights (%(default)s)"
     )

@@ -1,4 +1,4 @@
-"""The recipe examples/dreambooth at its smallest size: what a run leaves, resuming, drawing elsewhere, what goes wrong."""
+"""The recipe examples/dreambooth at its smallest size: what it leaves, resuming, drawing elsewhere, what goes wrong."""
 
 import json
 import os
@@ -65,7 +65,8 @@ def here(monkeypatch):
 def command(tiny, output, *arguments, family="sd"):
     """Arguments of a small run."""
     return [
-        *("--pretrained-model-name-or-path", tiny / family / "model", "--instance-data-dir", tiny / family / "instance"),
+        *("--pretrained-model-name-or-path", tiny / family / "model"),
+        *("--instance-data-dir", tiny / family / "instance"),
         *("--instance-prompt", PROMPT, "--output-dir", output, *DRAWING, "--num-validation-images", 2),
         *("--boft-block-size", 4, "--learning-rate", 1e-2, "--train-batch-size", 2),
         *("--max-train-steps", STEPS, "--checkpointing-steps", EVERY, *arguments),
