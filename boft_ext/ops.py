@@ -11,8 +11,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
-from torch.library import Library, register_fake
+from torch import Tensor, library
 
 from . import _compat
 
@@ -21,7 +20,7 @@ _compat.check()
 from . import _C, composite  # noqa: E402  (a module built for another torch must be refused before it is loaded)
 from .reference import accumulate_dtype, level_sizes  # noqa: E402
 
-_library = Library("boft", "IMPL", "CompositeExplicitAutograd")
+_library = library.Library("boft", "IMPL", "CompositeExplicitAutograd")
 for _form in composite.FORMS:
     _library.impl(_form.__name__, _form)
 
@@ -72,33 +71,33 @@ def _blocks_count(d: int, b: int, m: int) -> int:
     return sum(level_sizes(d, b, _C.levels(d, b, m)))
 
 
-@register_fake("boft::blocks")
+@library.register_fake("boft::blocks")
 def _(boft_R: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
     m, count, b, _ = map(int, boft_R.shape)
     q = boft_R.new_empty(boft_R.shape) if m > 1 else boft_R.new_empty(0)
     return boft_R.new_empty(_blocks_count(count * b, b, m)), q
 
 
-@register_fake("boft::blocks_backward")
+@library.register_fake("boft::blocks_backward")
 def _(dblocks: Tensor, q: Tensor, keep: Tensor | None) -> Tensor:
     return q.new_empty(q.shape)
 
 
-@register_fake("boft::rotate")
+@library.register_fake("boft::rotate")
 def _(x: Tensor, blocks: Tensor, b: int, m: int, transpose: bool, compact: bool = False) -> Tensor:
     if blocks.dtype != accumulate_dtype(x.dtype):
         raise TypeError(f"rotate: {x.dtype} data needs {accumulate_dtype(x.dtype)} blocks, got {blocks.dtype}")
     return x.new_empty(x.shape)
 
 
-@register_fake("boft::rotate_backward")
+@library.register_fake("boft::rotate_backward")
 def _(
     dy: Tensor, x: Tensor, blocks: Tensor, b: int, m: int, transpose: bool, need_x: bool, need_blocks: bool
 ) -> tuple[Tensor, Tensor]:
     return dy.new_empty(dy.shape if need_x else (0,)), blocks.new_empty(blocks.shape if need_blocks else (0,))
 
 
-@register_fake("boft::pack")
+@library.register_fake("boft::pack")
 def _(x: Tensor, bits: int) -> Tensor:
     n = x.shape[-1]
     rows = 1
@@ -110,19 +109,19 @@ def _(x: Tensor, bits: int) -> Tensor:
     return x.new_empty((rows, row_bytes), dtype=torch.uint8)
 
 
-@register_fake("boft::rotate_backward_packed")
+@library.register_fake("boft::rotate_backward_packed")
 def _(
     dy: Tensor, packed: Tensor, blocks: Tensor, b: int, m: int, transpose: bool, need_x: bool
 ) -> tuple[Tensor, Tensor]:
     return dy.new_empty(dy.shape if need_x else (0,)), blocks.new_empty(blocks.shape)
 
 
-@register_fake("boft::scale")
+@library.register_fake("boft::scale")
 def _(z: Tensor, s: Tensor, bias: Tensor | None, bias_detached: bool, compact: bool = False) -> Tensor:
     return z.new_empty(z.shape)
 
 
-@register_fake("boft::scale_backward")
+@library.register_fake("boft::scale_backward")
 def _(
     dy: Tensor,
     z: Tensor | None,
@@ -138,7 +137,7 @@ def _(
     return dz, s.new_empty(s.shape) if need_s else none, bias.new_empty(bias.shape) if need_bias else none
 
 
-@register_fake("boft::scale_backward_packed")
+@library.register_fake("boft::scale_backward_packed")
 def _(
     dy: Tensor, packed: Tensor, s: Tensor, bias: Tensor | None, bias_detached: bool, need_z: bool, need_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

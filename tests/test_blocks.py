@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import library
 from conftest import use_form
 from shapes import DENSE, PAPER, SMALL
 from tolerance import assert_exact, relative_error
@@ -88,8 +89,8 @@ def check_operators(m):
     q = blocks.view(boft_R.shape).clone() if m == 1 else q
     keep = torch.rand(m, 8) > 0.3
     for mask in (None, keep):
-        torch.library.opcheck(torch.ops.boft.blocks.default, (boft_R, mask))
-        torch.library.opcheck(torch.ops.boft.blocks_backward.default, (torch.randn_like(blocks), q, mask))
+        library.opcheck(torch.ops.boft.blocks.default, (boft_R, mask))
+        library.opcheck(torch.ops.boft.blocks_backward.default, (torch.randn_like(blocks), q, mask))
 
 
 def test_any_layout_and_none_at_all(form):

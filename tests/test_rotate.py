@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import library
 from conftest import use_form
 from shapes import DENSE, PAPER, SMALL
 from tolerance import FLOORS, assert_as_exact_as_torch, assert_exact, relative_error
@@ -103,12 +104,12 @@ def check_operators(d, b, m, dtype):
     blocks = torch.ops.boft.blocks(parameters(d, b, m, real), None)[0]
     x, dy = torch.randn(3, d).to(dtype), torch.randn(3, d).to(dtype)
     for transpose in (False, True):
-        torch.library.opcheck(
+        library.opcheck(
             torch.ops.boft.rotate.default,
             (x.clone().requires_grad_(), blocks.clone().requires_grad_(), b, m, transpose),
         )
         for need_x, need_blocks in ((True, True), (True, False), (False, True)):
-            torch.library.opcheck(
+            library.opcheck(
                 torch.ops.boft.rotate_backward.default, (dy, x, blocks, b, m, transpose, need_x, need_blocks)
             )
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import library
 
 import boft_ext
 from boft_ext import _C, functional, ops
@@ -176,19 +177,19 @@ def test_opcheck():
         blocks = torch.ops.boft.blocks(parameters(64, 4, 2, real), None)[0]
         x, dy = torch.randn(3, 5, 64).to(dtype), torch.randn(3, 5, 64).to(dtype)
         for transpose in (False, True):
-            torch.library.opcheck(
+            library.opcheck(
                 torch.ops.boft.rotate.default,
                 (x.clone().requires_grad_(), blocks.detach().clone().requires_grad_(), 4, 2, transpose, True),
             )
-            torch.library.opcheck(
+            library.opcheck(
                 torch.ops.boft.rotate_backward_packed.default,
                 (dy, torch.ops.boft.pack(x, 8), blocks.detach(), 4, 2, transpose, True),
             )
         s, bias = torch.randn(77, requires_grad=True), torch.randn(77, requires_grad=True)
         z = torch.randn(3, 77).to(dtype).requires_grad_()
-        torch.library.opcheck(torch.ops.boft.scale.default, (z, s, bias, True, True))
-        torch.library.opcheck(torch.ops.boft.pack.default, (z.detach(), 4))
-        torch.library.opcheck(
+        library.opcheck(torch.ops.boft.scale.default, (z, s, bias, True, True))
+        library.opcheck(torch.ops.boft.pack.default, (z.detach(), 4))
+        library.opcheck(
             torch.ops.boft.scale_backward_packed.default,
             (z.detach(), torch.ops.boft.pack(z.detach(), 4), s.detach(), bias.detach(), False, True, True),
         )

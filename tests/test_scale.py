@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import library
 from conftest import use_form
 from tolerance import assert_as_exact_as_torch, assert_exact, relative_error
 
@@ -82,13 +83,13 @@ def test_opcheck(dtype, kernels):
 
 def check_operators(dtype):
     z, s, bias = leaves(4, 5, dtype, True)
-    torch.library.opcheck(torch.ops.boft.scale.default, (z, s, bias, True))
-    torch.library.opcheck(torch.ops.boft.scale.default, (z, s, None, False))
+    library.opcheck(torch.ops.boft.scale.default, (z, s, bias, True))
+    library.opcheck(torch.ops.boft.scale.default, (z, s, None, False))
     z, s, bias = z.detach(), s.detach(), bias.detach()
     backward = torch.ops.boft.scale_backward.default
-    torch.library.opcheck(backward, (torch.randn_like(z), z, s, bias, True, True, True, True))
-    torch.library.opcheck(backward, (torch.randn_like(z), z, s, None, False, False, True, False))
-    torch.library.opcheck(backward, (torch.randn_like(z), None, s, bias, False, True, False, True))
+    library.opcheck(backward, (torch.randn_like(z), z, s, bias, True, True, True, True))
+    library.opcheck(backward, (torch.randn_like(z), z, s, None, False, False, True, False))
+    library.opcheck(backward, (torch.randn_like(z), None, s, bias, False, True, False, True))
 
 
 @pytest.mark.parametrize("shape", [(5, 1), (1, 5), (5,)])

@@ -8,6 +8,7 @@ its outputs, which start at zero too, are added to the skip connections.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,7 +41,7 @@ class Frozen(NamedTuple):
     noise_scheduler: Any
 
 
-class Control(nn.Module):
+class Control(nn.Module, ABC):
     """What both ways share. Call it with noisy latents ``(n, 4, h, w)``, timesteps ``(n,)``, text states
     ``(n, tokens, width)`` and the condition ``(n, 3, 8 h, 8 w)`` in 0 ... 1; it returns the UNet's prediction.
 
@@ -65,16 +66,17 @@ class Control(nn.Module):
         save_adapter(self.unet, folder / ADAPTER_FOLDER, base)
         self._save_control(folder)
 
+    @abstractmethod
     def _save_control(self, folder: Path) -> None:
-        raise NotImplementedError
+        """Write what controls, which is not the adapter, into `folder`."""
 
     def enable_gradient_checkpointing(self) -> None:
         """Compute activations again in the backward pass."""
         self.unet.enable_gradient_checkpointing()
 
+    @abstractmethod
     def draw(self, frozen: Frozen, scheduler: Any, condition: Tensor, **call: Any) -> list[Image.Image]:
         """Draw one image for each row of `condition`; `call` goes to the pipeline (``prompt``, ``generator``, …)."""
-        raise NotImplementedError
 
     def _pipeline(self, kind: type, frozen: Frozen, scheduler: Any, **parts: Any) -> Any:
         pipeline = kind(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import library
 from conftest import use_form
 from shapes import DENSE, PAPER, SMALL
 from tolerance import FLOORS, assert_as_exact_as_torch, assert_exact, relative_error
@@ -254,7 +255,7 @@ def test_gradcheck(d, b, m, device):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("d, b, m", [(15, 5, 1), (64, 8, 2), (256, 8, 6)])
 def test_opcheck(d, b, m, dtype, device):
-    check, ops = torch.library.opcheck, torch.ops.boft
+    check, ops = library.opcheck, torch.ops.boft
     boft_R = random(device, m, d // b, b, b, dtype=real(dtype)).requires_grad_()
     keep = (torch.rand(m, d // b) > 0.3).to(device)
     blocks, q = ops.blocks(boft_R.detach(), None)
