@@ -17,7 +17,8 @@ typedef struct boft_kernels {
                         void *blocks, void *workspace);
     void (*collapse_backward[2])(const boft_plan *plan, const boft_level *level, int64_t begin, int64_t end,
                                  const void *dblocks, const void *q, void *dq, void *workspace);
-    void (*rotate[2])(const boft_rotate_args *args, int64_t begin, int64_t end, void *workspace);
+    /* factors: NULL, or a real for each row, which multiplies the product before it is rounded. */
+    void (*rotate[2])(const boft_rotate_args *args, const void *factors, int64_t begin, int64_t end, void *workspace);
     void (*rotate_backward[2])(const boft_rotate_backward_args *args, int64_t begin, int64_t end, void *workspace);
     void (*scale[2])(const boft_scale_args *args, int64_t begin, int64_t end);
     void (*scale_backward[2])(const boft_scale_backward_args *args, int64_t begin, int64_t end);

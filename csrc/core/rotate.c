@@ -1,4 +1,4 @@
-/* x R and its backward: checks, sizes, and the call of the current variant. */
+/* x R, the merge and the backward of x R: checks, sizes, and the call of the current variant. */
 #include "kernels.h"
 #include "status.h"
 #include "tiles.h"
@@ -47,7 +47,7 @@ static boft_status check_rotate(const boft_rotate_args *args)
     return BOFT_OK;
 }
 
-boft_status boft_rotate(const boft_rotate_args *args, int64_t begin, int64_t end, void *workspace)
+boft_status boft_merge(const boft_rotate_args *args, const void *s, int64_t begin, int64_t end, void *workspace)
 {
     boft_status status;
     if ((status = boft_check_pointer("rotate: args", args)) || (status = boft_check_pointer("rotate: plan", args->plan)) ||
@@ -59,8 +59,13 @@ boft_status boft_rotate(const boft_rotate_args *args, int64_t begin, int64_t end
         (status = boft_check_pointer("rotate: blocks", args->blocks)) ||
         (status = boft_check_pointer("rotate: workspace", workspace)))
         return status;
-    boft_kernels_current()->rotate[boft_real_index(args->dtype)](args, begin, end, workspace);
+    boft_kernels_current()->rotate[boft_real_index(args->dtype)](args, s, begin, end, workspace);
     return BOFT_OK;
+}
+
+boft_status boft_rotate(const boft_rotate_args *args, int64_t begin, int64_t end, void *workspace)
+{
+    return boft_merge(args, NULL, begin, end, workspace);
 }
 
 int64_t boft_rotate_backward_splits(const boft_plan *plan, int64_t rows)

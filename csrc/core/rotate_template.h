@@ -225,8 +225,17 @@ VEC_FN void FN(apply_level)(const boft_level *level, const REAL *blocks, int64_t
     }
 }
 
-VEC_FN void FN(rotate_tile)(const boft_rotate_args *args, const FN(lanes) *lanes, int64_t row, int64_t rows,
-                            int64_t channel, int64_t channels, REAL *workspace)
+/* Row t of a strip times factors[t], in place. */
+VEC_FN void FN(scale_strip)(const REAL *factors, int64_t rows, int64_t channels, REAL *strip, int64_t stride)
+{
+    for (int64_t t = 0; t < rows; t++)
+        for (int64_t j = 0; j < channels; j++)
+            strip[t * stride + j] *= factors[t];
+}
+
+/* factors: NULL, or one for each row from `row` on. */
+VEC_FN void FN(rotate_tile)(const boft_rotate_args *args, const REAL *factors, const FN(lanes) *lanes, int64_t row,
+                            int64_t rows, int64_t channel, int64_t channels, REAL *workspace)
 {
     const boft_plan *plan = args->plan;
     const int64_t size = boft_tile_rows(plan) * boft_tile_channels(plan);
@@ -242,6 +251,8 @@ VEC_FN void FN(rotate_tile)(const boft_rotate_args *args, const FN(lanes) *lanes
         else
             FN(apply_level)(level, (const REAL *)args->blocks + boft_tile_blocks(level, channel), rows, channels, x, out,
                             out_stride, gathered);
+        if (factors && step == plan->levels - 1)
+            FN(scale_strip)(factors, rows, channels, out, out_stride);
         if (straight)
             return;
         x = (FN(strip)){out, channels};
@@ -249,7 +260,8 @@ VEC_FN void FN(rotate_tile)(const boft_rotate_args *args, const FN(lanes) *lanes
     FN(store_strip)(args->dtype, x.data, args->y, args->y_stride, row, rows, channel, channels);
 }
 
-VEC_ATTR static void FN(rotate)(const boft_rotate_args *args, int64_t begin, int64_t end, void *workspace)
+VEC_ATTR static void FN(rotate)(const boft_rotate_args *args, const void *factors, int64_t begin, int64_t end,
+                                void *workspace)
 {
     const boft_plan *plan = args->plan;
     const int64_t tile = boft_tile_channels(plan), span = boft_span_channels(plan);
@@ -265,8 +277,8 @@ VEC_ATTR static void FN(rotate)(const boft_rotate_args *args, int64_t begin, int
         for (int64_t at = begin; at < end; at += band)
             for (int64_t channel = first; channel < past; channel += tile)
                 for (int64_t row = at; row < boft_min(at + band, end); row += tall)
-                    FN(rotate_tile)(args, &lanes, row, boft_min(tall, end - row), channel,
-                                    boft_min(tile, past - channel), strips);
+                    FN(rotate_tile)(args, factors ? (const REAL *)factors + row : NULL, &lanes, row,
+                                    boft_min(tall, end - row), channel, boft_min(tile, past - channel), strips);
     }
 }
 

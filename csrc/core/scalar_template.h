@@ -218,11 +218,12 @@ static void FN(apply_level)(const boft_level *level, const REAL *blocks, int64_t
     }
 }
 
-static void FN(rotate)(const boft_rotate_args *args, int64_t begin, int64_t end, void *workspace)
+static void FN(rotate)(const boft_rotate_args *args, const void *factors, int64_t begin, int64_t end, void *workspace)
 {
     const boft_plan *plan = args->plan;
     const int64_t tile = boft_tile_channels(plan);
-    for (int64_t t = begin; t < end; t++)
+    for (int64_t t = begin; t < end; t++) {
+        const REAL factor = factors ? ((const REAL *)factors)[t] : 1;
         for (int64_t channel = 0; channel < plan->d; channel += tile) {
             const int64_t channels = boft_min(tile, plan->d - channel);
             REAL *in = (REAL *)workspace, *out = in + tile;
@@ -237,8 +238,9 @@ static void FN(rotate)(const boft_rotate_args *args, int64_t begin, int64_t end,
                 out = swap;
             }
             for (int64_t j = 0; j < channels; j++)
-                FN(store)(args->dtype, args->y, t * args->y_stride + channel + j, in[j]);
+                FN(store)(args->dtype, args->y, t * args->y_stride + channel + j, in[j] * factor);
         }
+    }
 }
 
 /* dblocks += x_g^T dy_g for each group of a tile and one row. */

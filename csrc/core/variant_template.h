@@ -51,12 +51,13 @@
 #ifdef VEC_NATIVE_BF16
 #include "rotate_pairs.h"
 
-static void rotate_any(const boft_rotate_args *args, int64_t begin, int64_t end, void *workspace)
+static void rotate_any(const boft_rotate_args *args, const void *factors, int64_t begin, int64_t end, void *workspace)
 {
-    if (pairs_serve(args->plan, args->dtype, args->rows))
+    /* Factors belong to merges, which are too rare for pairs to have them. */
+    if (!factors && pairs_serve(args->plan, args->dtype, args->rows))
         pairs_rotate(args, begin, end, workspace);
     else
-        rotate_of_float(args, begin, end, workspace);
+        rotate_of_float(args, factors, begin, end, workspace);
 }
 
 static void rotate_backward_any(const boft_rotate_backward_args *args, int64_t begin, int64_t end, void *workspace)

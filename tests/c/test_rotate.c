@@ -1,4 +1,7 @@
-/* x R and x R^T, their backward, the sum of splits, and the whole chain from parameters to gradients. */
+/*
+ * x R and x R^T, the same with factors of rows (the merge), their backward, the sum of splits, and the whole chain from
+ * parameters to gradients.
+ */
 #include "oracle.h"
 #include "support.h"
 
@@ -15,6 +18,7 @@ typedef struct problem {
     int transpose;
     int64_t rows, x_stride, dy_stride, y_stride, dx_stride, splits, tasks;
     double *q, *x, *dy; /* (m, D, b, b), (T, d), (T, d) */
+    double *s, *merged, *merged_bound; /* factors of the rows of y, and y with them */
     double *y, *y_bound, *dx, *dx_bound, *dblocks, *dblocks_bound;
     int y_exact, dx_exact, dblocks_exact; /* integers so small that no sum of them rounds */
     void *blocks, *blocks_back;           /* as the core takes them; malloc'ed like doubles() */
@@ -23,7 +27,7 @@ typedef struct problem {
 
 /* Inputs of a problem in guarded, read-only memory. */
 typedef struct inputs {
-    const void *x, *dy, *blocks, *blocks_back;
+    const void *x, *dy, *s, *blocks, *blocks_back;
 } inputs;
 
 static double *copy_of(int64_t n, const double *x)
@@ -106,6 +110,23 @@ static void dblocks_truth(problem *p, const double *abs_q, int integers)
         p->dblocks_bound[i] *= terms * u;
 }
 
+/* Rows of y times factors, and the bound: that of y, and the rounding of the product, here too for float64. */
+static void merge_truth(problem *p)
+{
+    const int64_t d = p->plan.d;
+    const double u = unit_roundoff(p->real) * (p->real == BOFT_F64 ? 2 : 1);
+    p->s = doubles(p->rows);
+    p->merged = doubles(p->rows * d);
+    p->merged_bound = doubles(p->rows * d);
+    for (int64_t i = 0; i < p->rows * d; i++) {
+        double *factor = &p->s[i / d];
+        if (i % d == 0)
+            *factor = rounded(p->real, 2 * random_unit());
+        p->merged[i] = p->y[i] * *factor;
+        p->merged_bound[i] = fabs(*factor) * (p->y_bound[i] + u * (fabs(p->y[i]) + p->y_bound[i]));
+    }
+}
+
 /* How rows lie in memory: one after the other, with gaps, or x and dy one row repeated (an expanded tensor). */
 enum { DENSE, GAPS, EXPANDED, LAYOUTS };
 
@@ -171,6 +192,7 @@ static void make_problem(problem *p, shape at, boft_dtype dtype, int64_t rows, i
     rotation_truth(p, transpose, p->x, abs_q, &p->y, &p->y_bound, integers, &p->y_exact);
     rotation_truth(p, !transpose, p->dy, abs_q, &p->dx, &p->dx_bound, integers, &p->dx_exact);
     dblocks_truth(p, abs_q, integers);
+    merge_truth(p);
 }
 
 static const void *stored_rows(boft_dtype dtype, int64_t rows, int64_t d, int64_t stride, const double *values,
@@ -190,6 +212,7 @@ static inputs make_inputs(const problem *p, guard side)
     const size_t size = dtype_size(p->real), bytes = (size_t)p->plan.count * size;
     return (inputs){.x = stored_rows(p->dtype, p->rows, p->plan.d, p->x_stride, p->x, side),
                     .dy = stored_rows(p->dtype, p->rows, p->plan.d, p->dy_stride, p->dy, side),
+                    .s = stored_rows(p->real, 1, p->rows, p->rows, p->s, side),
                     .blocks = guarded_copy(p->blocks, bytes, size, side),
                     .blocks_back = guarded_copy(p->blocks_back, bytes, size, side)};
 }
@@ -199,23 +222,34 @@ static void *room(boft_dtype dtype, int64_t n, guard side)
     return guarded((size_t)n * dtype_size(dtype), dtype_size(dtype), side);
 }
 
-static void run_rotate(const problem *p, const inputs *in, division how, void *y, void *workspace)
+static boft_rotate_args forward_args(const problem *p, const inputs *in, void *y)
 {
-    const boft_rotate_args args = {.plan = &p->plan,
-                                   .dtype = p->dtype,
-                                   .transpose = p->transpose,
-                                   .rows = p->rows,
-                                   .x = in->x,
-                                   .x_stride = p->x_stride,
-                                   .blocks = in->blocks,
-                                   .y = y,
-                                   .y_stride = p->y_stride};
+    return (boft_rotate_args){.plan = &p->plan,
+                              .dtype = p->dtype,
+                              .transpose = p->transpose,
+                              .rows = p->rows,
+                              .x = in->x,
+                              .x_stride = p->x_stride,
+                              .blocks = in->blocks,
+                              .y = y,
+                              .y_stride = p->y_stride};
+}
+
+/* y, with rows times the factors `s` unless they are NULL. */
+static void run_forward(const problem *p, const inputs *in, const void *s, division how, void *y, void *workspace)
+{
+    const boft_rotate_args args = forward_args(p, in, y);
     const ranges r = divide(p->rows, how);
     int64_t begin, end;
     for (int64_t i = 0; range_at(&r, i, &begin, &end); i++) {
         scrub(workspace);
-        EXPECT_OK(boft_rotate(&args, begin, end, workspace));
+        EXPECT_OK(s ? boft_merge(&args, s, begin, end, workspace) : boft_rotate(&args, begin, end, workspace));
     }
+}
+
+static void run_rotate(const problem *p, const inputs *in, division how, void *y, void *workspace)
+{
+    run_forward(p, in, NULL, how, y, workspace);
 }
 
 /* Pointers that boft.h calls unneeded for what is wanted are NULL. */
@@ -274,6 +308,18 @@ static void check_forward(const problem *p, const inputs in[2], const outputs ou
     EXPECT_SAME("y in pieces", p->dtype, out[0].y, out[1].y, p->y_stride, p->rows, d);
 }
 
+static void check_merge(const problem *p, const inputs in[2], const outputs out[2])
+{
+    const int64_t d = p->plan.d;
+    scrub(out[0].y);
+    run_forward(p, &in[0], in[0].s, WHOLE, out[0].y, out[0].ws);
+    EXPECT_CLOSE("merged", p->dtype, out[0].y, p->y_stride, p->rows, d, p->merged, p->merged_bound);
+    EXPECT_GAPS("merged", p->dtype, out[0].y, p->y_stride, p->rows, d);
+    scrub(out[1].y);
+    run_forward(p, &in[1], in[1].s, p->rows % 2 ? PIECES : SINGLES, out[1].y, out[1].ws);
+    EXPECT_SAME("merged in pieces", p->dtype, out[0].y, out[1].y, p->y_stride, p->rows, d);
+}
+
 /* The sum of the splits must be the gradient; it replaces the first part. */
 static void check_sum_of_splits(const problem *p, void *parts)
 {
@@ -327,6 +373,8 @@ static void rotate_case(shape at, boft_dtype dtype, int64_t rows, int transpose,
     for (int v = 0; next_variant(&v);) {
         test_case("rotate %s", p.name);
         check_forward(&p, in, out);
+        test_case("merge %s", p.name);
+        check_merge(&p, in, out);
         test_case("rotate backward %s", p.name);
         check_backward(&p, in, out);
     }
@@ -396,14 +444,7 @@ static void test_partial_range(void)
         make_problem(&p, shapes[i / 4], dtypes[i % 4], 41, 0, GAPS, 0);
         const inputs in = make_inputs(&p, GUARD_END);
         const outputs out = make_outputs(&p, GUARD_END);
-        const boft_rotate_args args = {.plan = &p.plan,
-                                       .dtype = p.dtype,
-                                       .rows = p.rows,
-                                       .x = in.x,
-                                       .blocks = in.blocks,
-                                       .x_stride = p.x_stride,
-                                       .y = out.y,
-                                       .y_stride = p.y_stride};
+        const boft_rotate_args args = forward_args(&p, &in, out.y);
         for (int v = 0; next_variant(&v);) {
             test_case("rotate rows 7 ... 28 of %s", p.name);
             scrub(out.y);
@@ -474,6 +515,7 @@ static void test_no_rows(void)
     for (int v = 0; next_variant(&v);) {
         test_case("no rows and no data");
         EXPECT_OK(boft_rotate(&args, 0, 0, NULL));
+        EXPECT_OK(boft_merge(&args, NULL, 0, 0, NULL));
         scrub(out.parts);
         EXPECT_OK(boft_rotate_backward(&back, 0, p.tasks, out.ws_back));
         check_sum_of_splits(&p, out.parts);
@@ -795,14 +837,7 @@ static void test_refusals(void)
     EXPECT(p.plan.levels > 1, "b = 2, m = 9 has one level");
     const inputs in = make_inputs(&p, GUARD_END);
     const outputs out = make_outputs(&p, GUARD_END);
-    const boft_rotate_args good = {.plan = &p.plan,
-                                   .dtype = p.dtype,
-                                   .rows = 3,
-                                   .x = in.x,
-                                   .x_stride = p.x_stride,
-                                   .blocks = in.blocks,
-                                   .y = out.y,
-                                   .y_stride = p.y_stride};
+    const boft_rotate_args good = forward_args(&p, &in, out.y);
     test_case("rotate refuses");
     EXPECT_REFUSED(boft_rotate(NULL, 0, 3, out.ws), BOFT_BAD_ARGUMENT, "args");
     REFUSE_ROTATE(plan, NULL, BOFT_BAD_ARGUMENT, "plan");
@@ -819,6 +854,9 @@ static void test_refusals(void)
     EXPECT_REFUSED(boft_rotate(&good, 2, 1, out.ws), BOFT_BAD_SHAPE, "2 1");
     EXPECT_REFUSED(boft_rotate(&good, 0, 14, out.ws), BOFT_BAD_SHAPE, "14 3");
     EXPECT_REFUSED(boft_rotate(&good, 0, 3, NULL), BOFT_BAD_ARGUMENT, "workspace");
+    EXPECT_REFUSED(boft_merge(NULL, in.s, 0, 3, out.ws), BOFT_BAD_ARGUMENT, "args");
+    EXPECT_REFUSED(boft_merge(&good, in.s, 0, 14, out.ws), BOFT_BAD_SHAPE, "14 3");
+    EXPECT_REFUSED(boft_merge(&good, in.s, 0, 3, NULL), BOFT_BAD_ARGUMENT, "workspace");
     EXPECT(untouched(out.y, (size_t)extent(3, 512, p.y_stride) * 2), "a refusal wrote");
 
     test_case("rotate backward refuses");
