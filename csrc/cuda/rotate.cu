@@ -1,4 +1,4 @@
-/* x R, x R^T and their backward: checks, and the choice of kernels. */
+/* x R, x R^T, the merge and the backward: checks, and the choice of kernels. */
 #include "rotate_kernels.cuh"
 
 /* ---- Forward ----------------------------------------------------------------------------------------------------- */
@@ -36,13 +36,21 @@ static boft_status rotate(const boft_rotate_args *args, void *workspace, void *s
         return tensor_rotate(args, stream);
     if (aligned && wide_serves(args->plan, args->dtype))
         return wide_rotate(args, stream);
-    return general_rotate(args, workspace, stream);
+    return general_rotate(args, NULL, workspace, stream);
 }
 
 boft_status boft_cuda_rotate(const boft_rotate_args *args, void *workspace, void *stream)
 {
     const boft_status status = check_rotate(args, workspace);
     return status || args->rows == 0 ? status : rotate(args, workspace, stream);
+}
+
+boft_status boft_cuda_merge(const boft_rotate_args *args, const void *s, void *workspace, void *stream)
+{
+    if (!s)
+        return boft_cuda_rotate(args, workspace, stream);
+    const boft_status status = check_rotate(args, workspace);
+    return status || args->rows == 0 ? status : general_rotate(args, s, workspace, stream);
 }
 
 /* ---- Backward ---------------------------------------------------------------------------------------------------- */

@@ -93,16 +93,17 @@ static unsigned blocks_for(int64_t work)
     return (unsigned)min(work, (int64_t)INT32_MAX);
 }
 
-boft_status general_rotate(const boft_rotate_args *args, void *workspace, void *stream)
+boft_status general_rotate(const boft_rotate_args *args, const void *factors, void *workspace, void *stream)
 {
     general_levels w = levels_of(args->plan, args->dtype, args->rows, args->transpose);
     w.x = {(void *)args->x, args->x_stride, args->dtype};
     w.y = {args->y, args->y_stride, args->dtype};
     w.blocks = args->blocks;
+    w.factors = factors;
     w.strips = workspace;
     const general_step &only = w.step[0];
     if (w.levels == 1)
-        return launch_product({only.level, w.x, w.y, args->blocks, args->transpose, args->rows, only.tiles,
+        return launch_product({only.level, w.x, w.y, args->blocks, factors, args->transpose, args->rows, only.tiles,
                                only.splits}, args->dtype, stream);
     int64_t work = 0;
     for (int i = 0; i < w.levels; i++)
@@ -185,7 +186,7 @@ boft_status general_rotate_backward(const boft_rotate_backward_args *args, void 
     w.counters = counters;
     const general_step &only = w.step[0];
     if (w.levels == 1 && only.level.slices == 1)
-        return launch_groups({only.level, w.dy, w.dx, w.blocks, !w.transpose, w.rows, only.tiles, only.splits},
+        return launch_groups({only.level, w.dy, w.dx, w.blocks, NULL, !w.transpose, w.rows, only.tiles, only.splits},
                              {only.level, w.transpose ? w.dy : w.x, w.transpose ? w.x : w.dy, w.dblocks, w.parts,
                               counters, w.rows, only.outer_tiles, only.outer_splits},
                              w.transpose, dtype, stream);

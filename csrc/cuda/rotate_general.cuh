@@ -37,11 +37,14 @@ typedef struct general_rows {
     boft_dtype dtype;
 } general_rows;
 
-/* out = in times the blocks of a level, or times their transposes. Thread block i: tile i % tiles, split i / tiles. */
+/*
+ * out = in times the blocks of a level, or times their transposes; factors: NULL, or a REAL for each row of out, which
+ * multiplies it. Thread block i: tile i % tiles, split i / tiles.
+ */
 typedef struct general_product {
     general_level level;
     general_rows in, out;
-    const void *blocks;
+    const void *blocks, *factors;
     int transpose;
     int64_t rows, tiles, splits;
 } general_product;
@@ -220,6 +223,19 @@ DEVICE void channels_of(int64_t channel[4], const general_level &level, int64_t 
         channel[e] = column_at(level, group, offset, own + e).channel;
 }
 
+/* Of ROWS rows those of the thread, the first being row t, times their factors. */
+template <class REAL, int ROWS> DEVICE void scale_rows(REAL acc[][4], const REAL *factors, int64_t t, int64_t past)
+{
+    constexpr int down = general_size<REAL>::down;
+#pragma unroll
+    for (int i = 0; i < ROWS / down; i++) {
+        const REAL factor = t + i * down < past ? factors[t + i * down] : (REAL)1;
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            acc[i][e] *= factor;
+    }
+}
+
 /* Of ROWS rows those of the thread, the first being row t; channels of its four columns. */
 template <class REAL, bool VECTOR, int ROWS>
 DEVICE void store_rows(const general_rows &out, const REAL acc[][4], const int64_t channel[4], int64_t t, int64_t past)
@@ -277,6 +293,8 @@ template <class REAL, bool VECTOR> DEVICE void product_rows(const general_produc
             multiply<REAL, GENERAL_ROWS>(acc, x + at.row * size::pitch + at.start, blocks + at.own, count);
             __syncthreads();
         }
+        if (p.factors)
+            scale_rows<REAL, GENERAL_ROWS>(acc, (const REAL *)in_global(p.factors), t + at.row, past);
         store_rows<REAL, VECTOR, GENERAL_ROWS>(p.out, acc, channel, t + at.row, past);
     }
 }

@@ -67,7 +67,7 @@ static inline boft_rotate_args args_of_dx(const boft_rotate_backward_args *args)
  * backward with dblocks, whose dx may be NULL. The backward's workspace is that of the way which is taken.
  *   tensor   16-bit rows aligned to 16 bytes, one level of groups that fit a tile
  *   wide     the same for groups of more than 128 channels
- *   general  everything, also without rows
+ *   general  everything, also without rows; the only one with a factor for each row of y (NULL for ones)
  */
 int tensor_serves(const boft_plan *plan, boft_dtype dtype);
 boft_status tensor_rotate(const boft_rotate_args *args, void *stream);
@@ -82,7 +82,7 @@ boft_status wide_rotate_backward(const boft_rotate_backward_args *args, void *wo
                                  void *stream);
 
 size_t general_workspace(const boft_plan *plan, boft_dtype dtype, int64_t rows);
-boft_status general_rotate(const boft_rotate_args *args, void *workspace, void *stream);
+boft_status general_rotate(const boft_rotate_args *args, const void *factors, void *workspace, void *stream);
 size_t general_backward_workspace(const boft_plan *plan, boft_dtype dtype, int64_t rows);
 boft_status general_rotate_backward(const boft_rotate_backward_args *args, void *workspace, unsigned *counters,
                                     void *stream);

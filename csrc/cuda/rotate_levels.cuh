@@ -20,14 +20,14 @@ typedef struct general_step {
 } general_step;
 
 /*
- * Forward: y = x R or x R^T. Backward: dx, unless it is NULL, from dy, and dblocks; strips are the inputs of all steps
- * but the first, then the gradients of the outputs of all but the last.
+ * Forward: y = x R or x R^T, rows times factors unless they are NULL. Backward: dx, unless it is NULL, from dy, and
+ * dblocks; strips are the inputs of all steps but the first, then the gradients of the outputs of all but the last.
  */
 typedef struct general_levels {
     int levels, transpose;
     int64_t rows;
     general_rows x, y, dy, dx;
-    const void *blocks;
+    const void *blocks, *factors;
     void *strips;
     int64_t strip_size, part_size, d; /* elements of a strip, of all parts, and of a row */
     void *dblocks, *parts;
@@ -43,10 +43,11 @@ template <class REAL> DEVICE general_rows strip(const general_levels &w, int ind
 }
 
 template <class REAL>
-DEVICE general_product product_of(const general_levels &w, int step, int transpose, general_rows in, general_rows out)
+DEVICE general_product product_of(const general_levels &w, int step, int transpose, general_rows in, general_rows out,
+                                  const void *factors)
 {
     const general_step &s = w.step[step];
-    return {s.level, in, out, (const REAL *)w.blocks + s.blocks, transpose, w.rows, s.tiles, s.splits};
+    return {s.level, in, out, (const REAL *)w.blocks + s.blocks, factors, transpose, w.rows, s.tiles, s.splits};
 }
 
 template <class REAL> __global__ void __launch_bounds__(GENERAL_THREADS, 3) rotate_levels(general_levels w)
@@ -54,13 +55,14 @@ template <class REAL> __global__ void __launch_bounds__(GENERAL_THREADS, 3) rota
     DYN_SHARED(REAL, shared);
     SHARED(general_product, p, 1); /* registers do not hold it, too */
     for (int step = 0; step < w.levels; step++) {
+        const int last = step == w.levels - 1;
         if (threadIdx.x == 0)
             *p = product_of<REAL>(w, step, w.transpose, step == 0 ? w.x : strip<REAL>(w, (step - 1) % 2),
-                                  step == w.levels - 1 ? w.y : strip<REAL>(w, step % 2));
+                                  last ? w.y : strip<REAL>(w, step % 2), last ? w.factors : NULL);
         __syncthreads();
         for (int64_t i = blockIdx.x; i < p->tiles * p->splits; i += gridDim.x)
             product_rows<REAL, false>(*p, i, shared);
-        if (step < w.levels - 1)
+        if (!last)
             grid_barrier();
     }
 }
@@ -114,10 +116,11 @@ __global__ void __launch_bounds__(GENERAL_THREADS, 3) rotate_backward_levels(gen
         __syncthreads();
         for (int64_t i = blockIdx.x; i < past[3]; i += gridDim.x) {
             if (threadIdx.x == 0 && i < past[0])
-                *p = product_of<REAL>(w, phase, w.transpose, input_of<REAL>(w, phase), input_of<REAL>(w, phase + 1));
+                *p = product_of<REAL>(w, phase, w.transpose, input_of<REAL>(w, phase), input_of<REAL>(w, phase + 1),
+                                      NULL);
             else if (threadIdx.x == 0 && i < past[1])
                 *p = product_of<REAL>(w, back, !w.transpose, gradient_of<REAL>(w, back),
-                                      back == 0 ? w.dx : gradient_of<REAL>(w, back - 1));
+                                      back == 0 ? w.dx : gradient_of<REAL>(w, back - 1), NULL);
             else if (threadIdx.x == 0)
                 *outer = outer_of<REAL>(w, i < past[2] ? phase : back);
             __syncthreads();

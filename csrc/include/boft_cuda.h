@@ -45,7 +45,7 @@ BOFT_API boft_status boft_cuda_blocks_backward(const boft_plan *plan, boft_dtype
                                                const void *q, const unsigned char *keep, void *da, void *workspace,
                                                void *stream);
 
-/* ---- Rotate ---------------------------------------------------------------------------------------------------------- */
+/* ---- Rotate, merge --------------------------------------------------------------------------------------------------- */
 
 /* Bytes for boft_cuda_rotate; 0 for one level. */
 BOFT_API size_t boft_cuda_rotate_workspace(const boft_plan *plan, boft_dtype dtype, int64_t rows);
@@ -55,6 +55,13 @@ BOFT_API size_t boft_cuda_rotate_workspace(const boft_plan *plan, boft_dtype dty
  * transposed.
  */
 BOFT_API boft_status boft_cuda_rotate(const boft_rotate_args *args, void *workspace, void *stream);
+
+/*
+ * diag(s) W R^T in one launch, as boft_merge with its arguments, except that `blocks` always are those of
+ * boft_cuda_blocks, never transposed. s: rows reals on the device, or NULL for ones. The workspace is
+ * boft_cuda_rotate's.
+ */
+BOFT_API boft_status boft_cuda_merge(const boft_rotate_args *args, const void *s, void *workspace, void *stream);
 
 BOFT_API size_t boft_cuda_rotate_backward_workspace(const boft_plan *plan, boft_dtype dtype, int64_t rows);
 

@@ -1,4 +1,4 @@
-/* The CUDA kernels of x R, x R^T and their backward against the scalar reference. */
+/* The CUDA kernels of x R, x R^T, the merge and the backward against the scalar reference. */
 extern "C" {
 #include "support.h"
 }
@@ -179,7 +179,8 @@ static void *blocks_room(const problem *p)
     return (char *)guarded((size_t)p->plan.count * real + skipped, real, next_side()) + skipped;
 }
 
-static void check_forward(const problem *p)
+/* y, with rows times the factors `s` unless they are NULL. */
+static void check_product(const char *what, const problem *p, const void *s, const double *truth)
 {
     const boft_plan *plan = &p->plan;
     const size_t real = dtype_size(p->real);
@@ -188,10 +189,26 @@ static void check_forward(const problem *p)
     boft_rotate_args args = {plan, p->dtype, p->transpose, p->rows, stored(p, p->x_stride, p->x), p->x_stride,
                              guarded_copy(p->blocks, (size_t)plan->count * real, real, next_side()), y, p->y_stride};
     on_cpu_launches = 0;
-    EXPECT_OK(boft_cuda_rotate(&args, workspace, NULL));
-    expect_launches("rotate", p->rows > 0);
-    expect_norm("y", p->dtype, p->real, y, p->y_stride, p->rows, plan->d, p->y, roundings(plan, 0));
-    EXPECT_GAPS("y", p->dtype, y, p->y_stride, p->rows, plan->d);
+    EXPECT_OK(s || random_below(4) == 0 ? boft_cuda_merge(&args, s, workspace, NULL)
+                                        : boft_cuda_rotate(&args, workspace, NULL));
+    expect_launches(what, p->rows > 0);
+    expect_norm(what, p->dtype, p->real, y, p->y_stride, p->rows, plan->d, truth, roundings(plan, 0));
+    EXPECT_GAPS(what, p->dtype, y, p->y_stride, p->rows, plan->d);
+}
+
+static void check_forward(const problem *p)
+{
+    const int64_t d = p->plan.d;
+    double *merged = doubles(p->rows * d);
+    void *s = doubles(p->rows);
+    for (int64_t t = 0; t < p->rows; t++) {
+        put(p->real, s, t, 2 * random_unit());
+        for (int64_t j = 0; j < d; j++)
+            merged[t * d + j] = p->y[t * d + j] * get(p->real, s, t);
+    }
+    const size_t real = dtype_size(p->real);
+    check_product("y", p, NULL, p->y);
+    check_product("merged", p, guarded_copy(s, (size_t)p->rows * real, real, next_side()), merged);
 }
 
 static void check_backward(const problem *p, int want_dx, int want_dblocks)
@@ -317,8 +334,11 @@ static void check_refusals(void)
     boft_rotate_args args = {&plan, BOFT_F32, 0, 1, &x, 256, &x, &x, 256};
     EXPECT_REFUSED(boft_cuda_rotate(NULL, &x, NULL), BOFT_BAD_ARGUMENT, "args");
     EXPECT_REFUSED(boft_cuda_rotate(&args, NULL, NULL), BOFT_BAD_ARGUMENT, "workspace");
+    EXPECT_REFUSED(boft_cuda_merge(NULL, &x, &x, NULL), BOFT_BAD_ARGUMENT, "args");
+    EXPECT_REFUSED(boft_cuda_merge(&args, &x, NULL, NULL), BOFT_BAD_ARGUMENT, "workspace");
     args.y_stride = 255;
     EXPECT_REFUSED(boft_cuda_rotate(&args, &x, NULL), BOFT_BAD_SHAPE, "255 256");
+    EXPECT_REFUSED(boft_cuda_merge(&args, &x, &x, NULL), BOFT_BAD_SHAPE, "255 256");
     boft_rotate_backward_args backward = {&plan, BOFT_F32, 0, 1, &x, 256, &x, 256, NULL, NULL, &x, 256, &x};
     EXPECT_REFUSED(boft_cuda_rotate_backward(&backward, &x, &counters, NULL), BOFT_BAD_ARGUMENT, "blocks");
     backward.blocks = &x;
