@@ -16,6 +16,9 @@ from torch import Tensor
 from . import _C
 from . import reference as ref
 
+# A merge widens this many elements of a weight at a time, so that it needs little memory beside its result.
+_MERGE_ELEMENTS = 1 << 24
+
 _log = logging.getLogger("boft_ext")
 _announced: set[str] = set()
 
@@ -47,13 +50,18 @@ def _check_data(what: str, data: Tensor) -> None:
         raise ValueError(f"{what} needs at least one axis")
 
 
-def _check_blocks(x: Tensor, blocks: Tensor, b: int, levels: list[ref.Level]) -> None:
+def _check_blocks(x: Tensor, blocks: Tensor, b: int, levels: list[ref.Level], op: str = "rotate") -> None:
     d = x.shape[-1]
     expected = sum(ref.level_sizes(d, b, levels))
     if blocks.numel() != expected:
-        raise ValueError(f"rotate: {blocks.numel()} elements of blocks do not fit {d} channels, which have {expected}")
+        raise ValueError(f"{op}: {blocks.numel()} elements of blocks do not fit {d} channels, which have {expected}")
     if blocks.dtype != ref.accumulate_dtype(x.dtype):
-        raise TypeError(f"rotate: {x.dtype} data needs {ref.accumulate_dtype(x.dtype)} blocks, got {blocks.dtype}")
+        raise TypeError(f"{op}: {x.dtype} data needs {ref.accumulate_dtype(x.dtype)} blocks, got {blocks.dtype}")
+
+
+def _check_outputs(op: str, n: int, what: str, values: Tensor | None) -> None:
+    if values is not None and values.numel() != n:
+        raise ValueError(f"{op}: {n} outputs need {n} values of {what}, got {list(values.shape)}")
 
 
 @_form
@@ -101,6 +109,25 @@ def rotate_backward(
 
 
 @_form
+def merge(weight: Tensor, blocks: Tensor, b: int, m: int, s: Tensor | None, transpose: bool) -> Tensor:
+    """`boft::merge` for any device."""
+    _check_data("merge: weight", weight)
+    if weight.dim() != 2:
+        raise ValueError(f"merge: expected a weight (rows, d), got {list(weight.shape)}")
+    rows, d = weight.shape
+    levels = _C.levels(d, b, m)
+    _check_blocks(weight, blocks, b, levels, "merge")
+    _check_outputs("merge", rows, "boft_s", s)
+    factors = None if s is None else s.reshape(-1, 1).to(blocks.dtype)
+    out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    step = max(1, _MERGE_ELEMENTS // d)
+    for part in (slice(first, first + step) for first in range(0, rows, step)):
+        rotated = ref.rotate_blocks(_rows(weight[part], blocks.dtype), blocks, b, levels, transpose)
+        out[part] = rotated if factors is None else rotated * factors[part]
+    return out
+
+
+@_form
 def scale(z: Tensor, s: Tensor, bias: Tensor | None, bias_detached: bool, compact: bool = False) -> Tensor:
     """`boft::scale` for any device. `compact` concerns the autograd formula alone."""
     _check_scale(z, s, bias)
@@ -110,9 +137,8 @@ def scale(z: Tensor, s: Tensor, bias: Tensor | None, bias_detached: bool, compac
 def _check_scale(z: Tensor, s: Tensor, bias: Tensor | None) -> None:
     _check_data("scale: z", z)
     n = z.shape[-1]
-    for what, values in (("boft_s", s), ("bias", bias)):
-        if values is not None and values.numel() != n:
-            raise ValueError(f"scale: {n} outputs need {n} values of {what}, got {list(values.shape)}")
+    _check_outputs("scale", n, "boft_s", s)
+    _check_outputs("scale", n, "bias", bias)
 
 
 @_form
@@ -137,4 +163,4 @@ def scale_backward(
     return dy.new_empty(0) if dz is None else dz, ds, dbias
 
 
-FORMS = (blocks, blocks_backward, rotate, rotate_backward, scale, scale_backward)
+FORMS = (blocks, blocks_backward, rotate, rotate_backward, merge, scale, scale_backward)

@@ -128,21 +128,16 @@ def _group_rows(weight: Tensor, groups: int) -> Tensor:
     return weight.view(groups, out // groups, columns).transpose(0, 1).reshape(out // groups, groups * columns)
 
 
-def _rotate_rows(
-    weight: Tensor, boft_R: Tensor, groups: int, keep: Tensor | None, transpose: bool, made: Tensor | None = None
-) -> Tensor:
-    """Rotate the rows of a flattened weight ``(out, d / groups)`` by ``R^T`` (`transpose`) or ``R``, with blocks `made`
-    of `boft_R` and `keep` if there are any."""
+def _rotate_rows(weight: Tensor, made: Tensor, b: int, m: int, groups: int, transpose: bool) -> Tensor:
+    """Rotate the rows of a flattened weight ``(out, d / groups)`` by ``R^T`` (`transpose`) or ``R``, whose blocks are
+    `made`."""
 
     def rotated(rows: Tensor) -> Tensor:
-        if made is None:
-            return rotate(rows, boft_R, keep=keep, transpose=transpose)
-        return torch.ops.boft.rotate(rows, made, boft_R.shape[-1], boft_R.shape[0], transpose)
+        return torch.ops.boft.rotate(rows, made, b, m, transpose, saved_activations() == "compact")
 
     out, columns = weight.shape
     if groups == 1:
         return rotated(weight)
-    m, _, b, _ = boft_R.shape
     if columns % (b * 2 ** (m - 1)) != 0:
         raise ValueError(
             f"a group of {columns} unfolded channels (groups = {groups}) cannot be rotated by itself: it must be "
@@ -150,6 +145,19 @@ def _rotate_rows(
         )
     rows = rotated(_group_rows(weight, groups))
     return rows.view(out // groups, groups, columns).transpose(0, 1).reshape(out, columns)
+
+
+def _scaled_rotation(
+    weight: Tensor, made: Tensor, boft_R: Tensor, s: Tensor | None, groups: int, transpose: bool
+) -> Tensor:
+    """``diag(s) W R^T`` (`transpose`) or ``diag(s) W R`` with blocks `made` of `boft_R`, in the dtype of `weight`."""
+    m, _, b, _ = boft_R.shape
+    flat = weight.flatten(1)
+    if groups == 1 and not torch.is_grad_enabled():
+        return torch.ops.boft.merge(flat, made, b, m, s, transpose).view(weight.shape)
+    rotated = _rotate_rows(flat.to(accumulate_dtype(flat.dtype)), made, b, m, groups, transpose)
+    scaled = rotated if s is None else rotated * s.reshape(-1, 1).to(rotated.dtype)
+    return scaled.to(weight.dtype).view(weight.shape)
 
 
 def rotate_weight(
@@ -173,40 +181,12 @@ def rotate_weight(
         reuse: with gradients off, keep the blocks for the next call with the same `boft_R`, as `rotate` does. False
             where there will be none: what is kept lies between the weights in memory, and its pieces add up.
 
-    Returns: a new contiguous tensor of the shape and dtype of `weight`, rounded once.
+    Returns: a new contiguous tensor of the shape and dtype of `weight`, rounded once. With gradients off and no groups
+        in one pass over `weight` (``torch.ops.boft.merge``).
     """
     with torch.autocast(weight.device.type, enabled=False):
-        flat = weight.reshape(weight.shape[0], -1)
-        on_cpu = weight.device.type == "cpu"
-        if not reuse:
-            made = _fresh_blocks(boft_R, weight.dtype, keep)
-        else:
-            made = None if on_cpu else blocks(boft_R, weight.dtype, keep)
-        if groups != 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return _merged_rows(flat, boft_R, boft_s, groups, keep, made).to(weight.dtype).view(weight.shape)
-        out = _C.empty_contiguous(flat)
-        scales = None if boft_s is None else boft_s.reshape(-1, 1)
-        elements = _MERGE_ELEMENTS if on_cpu else _MERGE_ELEMENTS_ELSEWHERE
-        for first in range(0, flat.shape[0], rows := max(1, elements // max(1, flat.shape[1]))):
-            part = slice(first, first + rows)
-            s = None if scales is None else scales[part]
-            out[part] = _merged_rows(flat[part], boft_R, s, 1, keep, made)
-        return out.view(weight.shape)
-
-
-# A merge works on this many elements at a time, so that what it computes in between stays in cache: 16-bit weights are
-# widened first, and fresh memory for 64 MiB costs as much as rotating them.
-_MERGE_ELEMENTS = 1 << 19
-# On other devices every part costs launches, and only memory limits it.
-_MERGE_ELEMENTS_ELSEWHERE = 1 << 24
-
-
-def _merged_rows(
-    flat: Tensor, boft_R: Tensor, boft_s: Tensor | None, groups: int, keep: Tensor | None, made: Tensor | None
-) -> Tensor:
-    """``diag(s) W R^T`` of a flattened weight in the dtype of the arithmetic."""
-    rotated = _rotate_rows(flat.to(accumulate_dtype(flat.dtype)), boft_R, groups, keep, transpose=True, made=made)
-    return rotated if boft_s is None else rotated * boft_s.reshape(-1, 1).to(rotated.dtype)
+        made = (blocks if reuse else _fresh_blocks)(boft_R, weight.dtype, keep)
+        return _scaled_rotation(weight, made, boft_R, boft_s, groups, transpose=True)
 
 
 def unrotate_weight(weight: Tensor, boft_R: Tensor, boft_s: Tensor | None = None, *, groups: int = 1) -> Tensor:
@@ -215,14 +195,15 @@ def unrotate_weight(weight: Tensor, boft_R: Tensor, boft_s: Tensor | None = None
     Raises: ValueError naming the first row whose scale is zero, since such a row cannot be recovered.
     """
     with torch.autocast(weight.device.type, enabled=False):
-        flat = weight.reshape(weight.shape[0], -1).to(accumulate_dtype(weight.dtype))
+        inverse = None
         if boft_s is not None:
-            s = boft_s.reshape(-1, 1).to(flat.dtype)
-            zero = (s == 0).flatten().nonzero()
+            s = boft_s.flatten().to(accumulate_dtype(weight.dtype))
+            zero = (s == 0).nonzero()
             if zero.numel():
                 raise ValueError(f"boft_s is 0 for output {int(zero[0])}: a merge with it cannot be undone")
-            flat = flat / s
-        return _rotate_rows(flat, boft_R, groups, None, transpose=False).to(weight.dtype).view(weight.shape)
+            inverse = 1 / s
+        made = blocks(boft_R, weight.dtype)
+        return _scaled_rotation(weight, made, boft_R, inverse, groups, transpose=False)
 
 
 def rotation_matrix(boft_R: Tensor) -> Tensor:

@@ -116,6 +116,11 @@ def _(
     return dy.new_empty(dy.shape if need_x else (0,)), blocks.new_empty(blocks.shape)
 
 
+@library.register_fake("boft::merge")
+def _(weight: Tensor, blocks: Tensor, b: int, m: int, s: Tensor | None, transpose: bool) -> Tensor:
+    return weight.new_empty(weight.shape)
+
+
 @library.register_fake("boft::scale")
 def _(z: Tensor, s: Tensor, bias: Tensor | None, bias_detached: bool, compact: bool = False) -> Tensor:
     return z.new_empty(z.shape)

@@ -26,7 +26,7 @@ def test_what_is_reported():
     assert isinstance(info["cuda_architectures"], list)
     # The running torch may have no CUDA although the kernels are built.
     assert info["cuda_streams"] == bool(info["cuda_architectures"] and torch.version.cuda)
-    assert {"blocks", "rotate", "scale"} <= set(info["device_independent_ops"])
+    assert {"blocks", "rotate", "merge", "scale"} <= set(info["device_independent_ops"])
     assert json.loads(json.dumps(info)) == info
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import library
 from conftest import use_form
-from shapes import DENSE, PAPER, SMALL
+from shapes import DENSE, PAPER, SMALL, layouts
 from tolerance import FLOORS, assert_as_exact_as_torch, assert_exact, relative_error
 
 from boft_ext import _C, functional, reference
@@ -112,14 +112,6 @@ def check_operators(d, b, m, dtype):
             library.opcheck(
                 torch.ops.boft.rotate_backward.default, (dy, x, blocks, b, m, transpose, need_x, need_blocks)
             )
-
-
-def layouts(x):
-    """The same values in other layouts."""
-    yield "transposed", x.T.contiguous().T
-    yield "every other column", torch.stack([x, torch.zeros_like(x)], -1).flatten(-2)[:, ::2]
-    yield "slice of wider rows", torch.cat([torch.zeros_like(x), x, torch.zeros_like(x)], 1)[:, x.shape[1] : 2 * x.shape[1]]
-    yield "storage offset", torch.cat([x.new_zeros(3), x.flatten()])[3:].view(x.shape)
 
 
 def test_any_layout_gives_the_same_result(form):

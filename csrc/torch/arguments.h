@@ -33,18 +33,30 @@ struct BlocksBackward {
   at::Tensor dblocks, q, da;
 };
 
-// rotate.cpp. The plan for x (..., d), which the blocks must fit.
-boft_plan check_rotate(const at::Tensor& x, const at::Tensor& blocks, int64_t b, int64_t m);
+// rotate.cpp. The plan for x (..., d), which the blocks must fit; `op` is in the messages.
+boft_plan check_rotate(const at::Tensor& x, const at::Tensor& blocks, int64_t b, int64_t m, const char* op = "rotate");
 
 // `blocks` as given: a caller whose kernels want them transposed says so in args.
 struct Rotate {
-  Rotate(const at::Tensor& x, const at::Tensor& blocks, int64_t b, int64_t m, bool transpose);
+  Rotate(const at::Tensor& x, const at::Tensor& blocks, int64_t b, int64_t m, bool transpose,
+         const char* op = "rotate");
   Rotate(const Rotate&) = delete;
   boft_dtype dtype;
   boft_plan plan;
   Rows in;
   at::Tensor blocks, y;
   boft_rotate_args args;
+};
+
+// y of a call by the CPU kernels, its rows times `factors` unless they are NULL.
+at::Tensor rotated_cpu(Rotate& call, const void* factors);
+
+// merge.cpp. A Rotate of the rows of a weight (rows, d), and their factors: one for each row, undefined for ones.
+struct Merge : Rotate {
+  Merge(const at::Tensor& weight, const at::Tensor& blocks, int64_t b, int64_t m, const std::optional<at::Tensor>& s,
+        bool transpose);
+  const void* factors_data() const { return factors.defined() ? factors.const_data_ptr() : nullptr; }
+  at::Tensor factors;
 };
 
 // dx and dblocks are empty where they are not needed; args.dblocks has the room of one split. With in_place, dx is dy,
@@ -70,8 +82,9 @@ struct RotateBackwardSplits : RotateBackward {
   at::Tensor flipped, parts;
 };
 
-// scale.cpp. A scale or bias of n values as a contiguous vector of the arithmetic's dtype.
-at::Tensor real_vector(const at::Tensor& values, int64_t n, at::ScalarType real, const char* what);
+// scale.cpp. A scale or bias of n values as a contiguous vector of the arithmetic's dtype; `op` is in the messages.
+at::Tensor real_vector(const at::Tensor& values, int64_t n, at::ScalarType real, const char* what,
+                       const char* op = "scale");
 
 // The scale and the bias, undefined without one, as such vectors.
 struct Scale {

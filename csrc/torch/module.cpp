@@ -31,6 +31,9 @@ TORCH_LIBRARY(boft, library) {
   library.def(
       "rotate_backward_packed(Tensor dy, Tensor packed, Tensor blocks, int b, int m, bool transpose, bool need_x) "
       "-> (Tensor dx, Tensor dblocks)");
+  // weight (rows, d) -> diag(s) W R^T (diag(s) W R without transpose), s being one value for each row, or ones. Without
+  // gradients.
+  library.def("merge(Tensor weight, Tensor blocks, int b, int m, Tensor? s, bool transpose) -> Tensor");
   // z (..., n) -> z s + bias (1 - s). With bias_detached, z holds the bias without its gradient; with compact, it
   // is kept for backward in 4 bits per value.
   library.def("scale(Tensor z, Tensor s, Tensor? bias, bool bias_detached, bool compact=False) -> Tensor");
@@ -44,11 +47,12 @@ TORCH_LIBRARY(boft, library) {
   library.def("pack(Tensor x, int bits) -> Tensor");
 }
 
-// A second derivative is refused rather than silently wrong.
+// A gradient, or a second one, is refused rather than silently wrong.
 TORCH_LIBRARY_IMPL(boft, Autograd, library) {
   library.impl("blocks_backward", torch::autograd::autogradNotImplementedFallback());
   library.impl("rotate_backward", torch::autograd::autogradNotImplementedFallback());
   library.impl("rotate_backward_packed", torch::autograd::autogradNotImplementedFallback());
+  library.impl("merge", torch::autograd::autogradNotImplementedFallback());
   library.impl("scale_backward", torch::autograd::autogradNotImplementedFallback());
   library.impl("scale_backward_packed", torch::autograd::autogradNotImplementedFallback());
   library.impl("pack", torch::autograd::autogradNotImplementedFallback());
@@ -66,10 +70,12 @@ struct Kernels {
   Kernels() {
     boft::register_blocks_cpu(cpu);
     boft::register_rotate_cpu(cpu);
+    boft::register_merge_cpu(cpu);
     boft::register_scale_cpu(cpu);
 #ifdef BOFT_CUDA
     boft::register_blocks_cuda(cuda);
     boft::register_rotate_cuda(cuda);
+    boft::register_merge_cuda(cuda);
     boft::register_scale_cuda(cuda);
 #endif
   }
@@ -129,8 +135,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("has_kernels", has_kernels, "Whether operators on a tensor's device run kernels, not the other form.");
   module.def("cuda_streams", cuda_streams, "Whether there are CUDA kernels and torch says which stream is current.");
   module.def("cpu_kernels_in_use", boft::cpu_kernels_in_use);
-  module.def("empty_contiguous", py::overload_cast<const at::Tensor&>(boft::empty_contiguous),
-             "An uninitialised contiguous tensor like another one.");
   module.def("idle_bytes", boft::idle_bytes, "Bytes of freed results that are kept to be used again.");
   module.def("release_idle", boft::release_idle, "Return them to the system.");
   module.def("cached_blocks", boft::cached_blocks, "csrc/torch/ops.h says what these seven do; None where they cannot.");

@@ -1,5 +1,5 @@
-// The operators and their registration by room: blocks.cpp, rotate.cpp and scale.cpp on the CPU, the same with _cuda on
-// CUDA devices; and calls around the dispatcher: inference.cpp.
+// The operators and their registration by room: blocks.cpp, rotate.cpp, merge.cpp and scale.cpp on the CPU, the same
+// with _cuda on CUDA devices; and calls around the dispatcher: inference.cpp.
 #pragma once
 
 #include <torch/library.h>
@@ -15,11 +15,13 @@ namespace boft {
 // Each adds its CPU kernels to a library opened for the CPU key.
 void register_blocks_cpu(torch::Library& library);
 void register_rotate_cpu(torch::Library& library);
+void register_merge_cpu(torch::Library& library);
 void register_scale_cpu(torch::Library& library);
 
 // The same for the CUDA key; only in builds with BOFT_CUDA.
 void register_blocks_cuda(torch::Library& library);
 void register_rotate_cuda(torch::Library& library);
+void register_merge_cuda(torch::Library& library);
 void register_scale_cuda(torch::Library& library);
 
 // The CPU kernels of the operators of the same names. With in_place, dx takes the place of dy, which is contiguous.

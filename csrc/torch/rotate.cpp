@@ -49,20 +49,20 @@ Tensor transposed(const boft_plan& plan, const Tensor& blocks) {
 
 }  // namespace
 
-boft_plan check_rotate(const Tensor& x, const Tensor& blocks, int64_t b, int64_t m) {
-  TORCH_CHECK_VALUE(x.dim() >= 1, "rotate: x needs at least one axis");
+boft_plan check_rotate(const Tensor& x, const Tensor& blocks, int64_t b, int64_t m, const char* op) {
+  TORCH_CHECK_VALUE(x.dim() >= 1, op, ": x needs at least one axis");
   const boft_plan plan = make_plan(x.size(-1), b, m);
-  TORCH_CHECK_VALUE(blocks.numel() == plan.count, "rotate: ", blocks.numel(), " elements of blocks do not fit ", plan.d,
+  TORCH_CHECK_VALUE(blocks.numel() == plan.count, op, ": ", blocks.numel(), " elements of blocks do not fit ", plan.d,
                     " channels with b = ", plan.b, " and m = ", plan.m, ", which have ", plan.count);
   const at::ScalarType real = real_dtype(x.scalar_type());
-  TORCH_CHECK_TYPE(blocks.scalar_type() == real, "rotate: ", x.scalar_type(), " data needs ", real, " blocks, got ",
+  TORCH_CHECK_TYPE(blocks.scalar_type() == real, op, ": ", x.scalar_type(), " data needs ", real, " blocks, got ",
                    blocks.scalar_type());
   return plan;
 }
 
-Rotate::Rotate(const Tensor& x, const Tensor& blocks_any, int64_t b, int64_t m, bool transpose)
+Rotate::Rotate(const Tensor& x, const Tensor& blocks_any, int64_t b, int64_t m, bool transpose, const char* op)
     : dtype(data_dtype(x, "x")),
-      plan(check_rotate(x, blocks_any, b, m)),
+      plan(check_rotate(x, blocks_any, b, m, op)),
       in(x),
       blocks(blocks_any.contiguous()),
       y(empty_contiguous(x)) {
@@ -70,15 +70,19 @@ Rotate::Rotate(const Tensor& x, const Tensor& blocks_any, int64_t b, int64_t m, 
           plan.d};
 }
 
+Tensor rotated_cpu(Rotate& call, const void* factors) {
+  const boft_plan& plan = call.plan;
+  const Tensor flipped = call.args.transpose ? transposed(plan, call.blocks) : call.blocks;
+  call.args.blocks = flipped.const_data_ptr();
+  parallel(call.in.rows, call.in.rows * plan.d * work_per_element(plan), boft_rotate_workspace(&plan, call.dtype),
+           [&](int64_t begin, int64_t end, void* ws) { return boft_merge(&call.args, factors, begin, end, ws); });
+  return call.y;
+}
+
 // compact matters to the backward only.
 Tensor rotate_cpu(const Tensor& x, const Tensor& blocks, int64_t b, int64_t m, bool transpose, bool) {
   Rotate call(x, blocks, b, m, transpose);
-  const boft_plan& plan = call.plan;
-  const Tensor flipped = transpose ? transposed(plan, call.blocks) : Tensor();
-  if (transpose) call.args.blocks = flipped.const_data_ptr();
-  parallel(call.in.rows, call.in.rows * plan.d * work_per_element(plan), boft_rotate_workspace(&plan, call.dtype),
-           [&](int64_t begin, int64_t end, void* ws) { return boft_rotate(&call.args, begin, end, ws); });
-  return call.y;
+  return rotated_cpu(call, nullptr);
 }
 
 namespace {

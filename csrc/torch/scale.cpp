@@ -38,10 +38,10 @@ const void* data_or_null(const Tensor& tensor) {
 
 }  // namespace
 
-Tensor real_vector(const Tensor& values, int64_t n, at::ScalarType real, const char* what) {
-  TORCH_CHECK_VALUE(values.numel() == n, "scale: ", n, " outputs need ", n, " values of ", what, ", got ",
+Tensor real_vector(const Tensor& values, int64_t n, at::ScalarType real, const char* what, const char* op) {
+  TORCH_CHECK_VALUE(values.numel() == n, op, ": ", n, " outputs need ", n, " values of ", what, ", got ",
                     values.sizes());
-  TORCH_CHECK_TYPE(values.is_floating_point(), "scale: ", what, " is ", values.scalar_type());
+  TORCH_CHECK_TYPE(values.is_floating_point(), op, ": ", what, " is ", values.scalar_type());
   // Only its data is read, so a vector that is right already is not reshaped.
   return values.scalar_type() == real && values.is_contiguous() ? values : values.reshape({n}).to(real).contiguous();
 }

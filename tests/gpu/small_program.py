@@ -28,6 +28,8 @@ def main() -> None:
                 for transpose in (False, True):
                     rotated = functional.rotate(x, boft_R, keep=keep, transpose=transpose)
                     functional.scale(rotated, s, bias).sum().backward()
+                with torch.no_grad():
+                    functional.rotate_weight(x, boft_R, torch.rand(rows, dtype=wide).to(DEVICE))
     if DEVICE != "cpu":
         torch.cuda.synchronize()
     print("done")

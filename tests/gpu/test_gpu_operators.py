@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import library
 from conftest import use_form
-from shapes import DENSE, PAPER, SMALL
+from shapes import DENSE, PAPER, SMALL, layouts
 from tolerance import FLOORS, assert_as_exact_as_torch, assert_exact, relative_error
 
 from boft_ext import _C, functional, reference
@@ -133,17 +133,6 @@ def test_identity_changes_nothing(dtype, device):
     assert torch.equal(functional.rotate(x, torch.zeros(2, 12, 4, 4, device=device)), x)
 
 
-def layouts(x):
-    """The same values in other layouts, among them every misalignment of 16-byte pieces."""
-    zeros = torch.zeros_like(x)
-    yield "transposed", x.T.contiguous().T
-    yield "every other column", torch.stack([x, zeros], -1).flatten(-2)[:, ::2]
-    yield "slice of wider rows", torch.cat([zeros, x, zeros], 1)[:, x.shape[1] : 2 * x.shape[1]]
-    yield "rows of odd length", torch.cat([x, zeros[:, :1]], 1)[:, :-1]
-    for offset in (1, 2, 3, 4, 8):
-        yield f"offset {offset}", torch.cat([x.new_zeros(offset), x.flatten()])[offset:].view(x.shape)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d, b, m", [(24, 4, 2), (64, 8, 2), (128, 8, 3), (320, 20, 2)])
 def test_any_layout(d, b, m, dtype, device):
@@ -228,14 +217,32 @@ def test_scale(rows, n, dtype, bias_is, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_merge(dtype, device):
-    weight, boft_R = random(device, 50, 96, dtype=dtype), random(device, 3, 24, 4, 4, dtype=real(dtype))
-    s = (1 + 0.1 * torch.randn(50, 1)).to(device)
-    exact = exact_rotation(weight, boft_R, weight, transpose=True)[0] * s.cpu().double()
-    merged = functional.rotate_weight(weight, boft_R, s)
-    assert_right("merged", merged, exact)
-    back = functional.unrotate_weight(merged, boft_R, s)
-    assert relative_error(back.cpu(), weight.cpu().double()) <= 10 * FLOORS[dtype]
+@pytest.mark.parametrize("d, b, m", SHAPES)
+def test_merge(d, b, m, dtype, device):
+    boft_R = random(device, m, d // b, b, b, dtype=real(dtype))
+    for rows in (1, 67, 600 if d <= 320 else 130):
+        weight, s = random(device, rows, d, dtype=dtype), (1 + 0.1 * torch.randn(rows, 1)).to(device)
+        rotated, *_ = exact_rotation(weight, boft_R, weight, transpose=True)
+        with torch.no_grad():
+            merged = functional.rotate_weight(weight, boft_R, s)
+            back = functional.unrotate_weight(merged, boft_R, s)
+            assert_right("merged", merged, rotated * s.cpu().double())
+            assert_right("merged without a scale", functional.rotate_weight(weight, boft_R), rotated)
+        assert relative_error(back.cpu(), weight.cpu().double()) <= 10 * FLOORS[dtype]
+        differentiable = functional.rotate_weight(weight, boft_R, s).cpu()
+        assert relative_error(differentiable, merged.cpu().double()) <= 10 * FLOORS[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d, b, m", [(24, 4, 2), (320, 20, 2), (256, 8, 6)])
+def test_merge_of_any_layout_and_without_rows(d, b, m, dtype, device):
+    weight, boft_R = random(device, 35, d, dtype=dtype), random(device, m, d // b, b, b, dtype=real(dtype))
+    s = (1 + 0.1 * torch.randn(35)).to(device)
+    exact = exact_rotation(weight, boft_R, weight, transpose=True)[0] * s.cpu().double()[:, None]
+    with torch.no_grad():
+        for _, other in layouts(weight):
+            assert_right("merged", functional.rotate_weight(other, boft_R, s), exact)
+        assert functional.rotate_weight(weight[:0], boft_R, s[:0]).shape == (0, d)
 
 
 @pytest.mark.parametrize("d, b, m", [(16, 4, 2), (15, 5, 1), (64, 4, 3)])
@@ -270,6 +277,8 @@ def test_opcheck(d, b, m, dtype, device):
         for need in ((True, True), (True, False), (False, True)):
             check(ops.rotate_backward.default, (dy, x, blocks, b, m, transpose, *need))
     s, bias = (random(device, d, dtype=real(dtype)) for _ in range(2))
+    for factors, transpose in ((s[:3], True), (None, True), (s[:3], False)):
+        check(ops.merge.default, (x, blocks, b, m, factors, transpose))
     check(ops.scale.default, (x.clone().requires_grad_(), s.clone().requires_grad_(), bias, False))
     check(ops.scale_backward.default, (dy, x, s, bias, True, True, True, True))
     check(ops.scale_backward.default, (dy, None, s, bias, False, True, False, True))

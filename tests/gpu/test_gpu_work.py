@@ -136,11 +136,13 @@ def launches(call):
 def test_launches_of_the_operators(cuda):
     _, x, dy = make(cuda, torch.bfloat16, out=256)
     boft_R, s, bias = (torch.rand(shape, device=cuda) for shape in ((2, 32, 8, 8), 256, 256))
+    factors = torch.rand(len(x), device=cuda)
     blocks, q = torch.ops.boft.blocks(boft_R, None)
     ops, x, dblocks = torch.ops.boft, x.detach(), torch.rand_like(blocks)
     for call in (
         lambda: ops.blocks(boft_R, None),
         lambda: ops.rotate(x, blocks, 8, 2, False),
+        lambda: ops.merge(x, blocks, 8, 2, factors, True),
         lambda: ops.scale(x, s, bias, False),
         lambda: ops.scale_backward(dy, x, s, bias, False, True, True, False),
         lambda: ops.rotate_backward(dy, x, blocks, 8, 2, False, True, True),
@@ -157,8 +159,11 @@ def test_a_rotation_of_any_shape_is_one_launch_each_way(d, b, m, dtype, cuda):
     ops, real = torch.ops.boft, torch.promote_types(dtype, torch.float32)
     blocks, _ = ops.blocks(torch.randn(m, d // b, b, b, device=cuda, dtype=real), None)
     x, dy = (torch.randn(300, d, device=cuda).to(dtype) for _ in range(2))
+    s = torch.rand(300, device=cuda, dtype=real)
     for call in (
         lambda: ops.rotate(x, blocks, b, m, False),
+        lambda: ops.merge(x, blocks, b, m, s, True),
+        lambda: ops.merge(x, blocks, b, m, None, True),
         lambda: ops.rotate_backward(dy, x, blocks, b, m, False, True, True),
         lambda: ops.rotate_backward(dy, x, blocks, b, m, False, True, False),
         lambda: ops.rotate_backward(dy, x, blocks, b, m, False, False, True),
