@@ -147,7 +147,7 @@ BOFT_API boft_status boft_collapse_backward(const boft_plan *plan, boft_dtype dt
 BOFT_API boft_status boft_transpose(const boft_plan *plan, boft_dtype dtype, int64_t level, int64_t begin, int64_t end,
                                     const void *blocks, void *transposed);
 
-/* ---- Rotate: x R; merge ------------------------------------------------------------------------------------------- */
+/* ---- Rotate: x R; merge ------------------------------------------------------------------------------------------ */
 
 typedef struct boft_rotate_args {
     const boft_plan *plan;
@@ -167,8 +167,8 @@ BOFT_API size_t boft_rotate_workspace(const boft_plan *plan, boft_dtype dtype);
 BOFT_API boft_status boft_rotate(const boft_rotate_args *args, int64_t begin, int64_t end, void *workspace);
 
 /*
- * The weight that gives a layer its adapter: diag(s) W R^T (PEFT, `Linear.merge`), by the arguments of boft_rotate with
- * W as x and transpose 1. Row t of the product is multiplied by s[t] before it is rounded. With transpose 0 and 1 / s
+ * The weight W of a layer with its adapter merged, diag(s) W R^T (PEFT, `Linear.merge`): boft_rotate of its rows as x,
+ * with transpose 1, where row t of the product is multiplied by s[t] before it is rounded. With transpose 0 and 1 / s
  * it undoes that. s: args->rows reals, or NULL for ones. Workspace, ranges and refusals are those of boft_rotate.
  */
 BOFT_API boft_status boft_merge(const boft_rotate_args *args, const void *s, int64_t begin, int64_t end,
