@@ -19,7 +19,7 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 // `data` (..., columns) as a matrix of rows.
-Tensor rows_of(const Tensor& data) { return data.view({-1, data.size(-1)}); }
+Tensor rows_of(const Tensor& data) { return data.dim() == 2 ? data : data.view({-1, data.size(-1)}); }
 
 // An uninitialised tensor of the shape of `data` but for its last axis.
 Tensor empty_rows(const Tensor& data, int64_t columns) {
@@ -163,19 +163,12 @@ class LinearFunction : public torch::autograd::Function<LinearFunction> {
     at::AutoDispatchBelowADInplaceOrView guard;
     const int64_t m = boft_R.size(0), b = boft_R.size(2);
     const auto [blocks, q] = blocks_cpu(boft_R, keep);
-    const bool keep_z = s.requires_grad();
-    auto result = linear_in_parts(x, weight, bias, blocks, b, m, s, keep_z);
-    if (!result) {
-      const Tensor z = empty_rows(x, weight.size(0));
-      multiply(rows_of(rotate_cpu(x, blocks, b, m, false)), weight.t(), bias, rows_of(z));
-      result = LinearForward{scale_cpu(z, s, bias, false), keep_z ? z : Tensor()};
-    }
-    ctx->save_for_backward({boft_R.requires_grad() ? x : Tensor(), blocks, m == 1 ? blocks.view(boft_R.sizes()) : q,
-                            result->z, s, weight, bias.value_or(Tensor()),
-                            keep.value_or(Tensor())});
+    const auto [out, z] = linear_kernels(x, weight, bias, blocks, b, m, s, s.requires_grad());
+    ctx->save_for_backward({boft_R.requires_grad() ? x : Tensor(), blocks, m == 1 ? blocks.view(boft_R.sizes()) : q, z, s,
+                            weight, bias.value_or(Tensor()), keep.value_or(Tensor())});
     ctx->saved_data["b"] = b;
     ctx->saved_data["m"] = m;
-    return result->out;
+    return out;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list& grads) {
@@ -194,32 +187,30 @@ class LinearFunction : public torch::autograd::Function<LinearFunction> {
   }
 };
 
-// What does not fit is refused by the operators, with their messages.
-bool fits(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  const at::ScalarType dtype = x.scalar_type();
-  return x.dim() >= 2 && x.numel() > 0 && weight.dim() == 2 && weight.scalar_type() == dtype &&
-         weight.size(1) == x.size(-1) && (!bias.has_value() || bias->scalar_type() == dtype);
-}
-
 bool trains(const std::optional<Tensor>& tensor) { return tensor.has_value() && tensor->requires_grad(); }
 
 bool plain(const std::optional<Tensor>& tensor) { return !tensor.has_value() || is_plain(*tensor); }
 
 }  // namespace
 
-std::optional<LinearForward> linear_in_parts(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                                             const Tensor& blocks, int64_t b, int64_t m, const Tensor& s, bool keep_z) {
-  if (!fits(x, weight, bias)) return std::nullopt;
+// What does not fit is refused by the operators, with their messages.
+bool linear_fits(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const at::ScalarType dtype = x.scalar_type();
+  return x.dim() >= 2 && x.numel() > 0 && weight.dim() == 2 && weight.scalar_type() == dtype &&
+         weight.size(1) == x.size(-1) && (!bias.has_value() || bias->scalar_type() == dtype);
+}
+
+LinearForward linear_kernels(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                             const Tensor& blocks, int64_t b, int64_t m, const Tensor& s, bool keep_z) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
   const Rows in(x);
-  const int64_t parts = parts_of(in.rows, in.rows);
-  if (parts == 0) return std::nullopt;
-  const boft_plan plan = check_rotate(x, blocks, b, m);
-  const Tensor out = empty_rows(x, weight.size(0)), z = keep_z ? empty_rows(x, weight.size(0)) : out;
-  const Tensor z_rows = rows_of(z), matrix = weight.t();
-  const int64_t size = x.element_size(), n = weight.size(0);
-  const Tensor real_blocks = blocks.contiguous(), factors = real_vector(s, n, blocks.scalar_type(), "boft_s");
+  const int64_t parts = parts_of(in.rows, in.rows), size = x.element_size(), n = weight.size(0);
+  const Tensor factors = real_vector(s, n, blocks.scalar_type(), "boft_s");
   const Tensor shifts = bias.has_value() ? real_vector(*bias, n, blocks.scalar_type(), "bias") : Tensor();
   const boft_dtype dtype = data_dtype(x, "x");
+  const Tensor rotated = parts == 0 ? rotate_cpu(x, blocks, b, m, false) : Tensor();
+  const Tensor out = empty_rows(x, n), z = keep_z ? empty_rows(x, n) : out;
+  const Tensor z_rows = rows_of(z), matrix = weight.t();
   const boft_scale_args scale = {dtype,
                                  in.rows,
                                  n,
@@ -229,6 +220,14 @@ std::optional<LinearForward> linear_in_parts(const Tensor& x, const Tensor& weig
                                  shifts.defined() ? shifts.const_data_ptr() : nullptr,
                                  out.mutable_data_ptr(),
                                  n};
+  if (parts == 0) {
+    multiply(rows_of(rotated), matrix, bias, z_rows);
+    parallel(in.rows, z.numel() * 8, 0,
+             [&](int64_t begin, int64_t end, void*) { return boft_scale(&scale, begin, end); });
+    return {out, keep_z ? z : Tensor()};
+  }
+  const boft_plan plan = check_rotate(x, blocks, b, m);
+  const Tensor real_blocks = blocks.contiguous();
   for_parts(parts, in.rows, x, plan.d, boft_rotate_workspace(&plan, dtype),
             [&](int64_t, int64_t first, int64_t past, const Desk& desk) {
               const int64_t rows = past - first;
@@ -245,7 +244,7 @@ std::optional<LinearForward> linear_in_parts(const Tensor& x, const Tensor& weig
               multiply(desk.rows.narrow(0, 0, rows), matrix, bias, z_rows.narrow(0, first, rows));
               check(boft_scale(&scale, first, past));
             });
-  return LinearForward{out, keep_z ? z : Tensor()};
+  return {out, keep_z ? z : Tensor()};
 }
 
 std::optional<Tensor> linear_train(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -253,7 +252,7 @@ std::optional<Tensor> linear_train(const Tensor& x, const Tensor& weight, const 
   if (!cpu_kernels_in_use() || !is_plain(x) || !is_plain(weight) || !is_plain(boft_R) || !is_plain(s) || !plain(bias) ||
       !plain(keep) || trains(weight) || trains(bias))
     return std::nullopt;
-  if (!fits(x, weight, bias) || boft_R.dim() != 4 || boft_R.scalar_type() != real_dtype(x.scalar_type()))
+  if (!linear_fits(x, weight, bias) || boft_R.dim() != 4 || boft_R.scalar_type() != real_dtype(x.scalar_type()))
     return std::nullopt;
   return LinearFunction::apply(x, boft_R, s, weight, bias, keep);
 }
