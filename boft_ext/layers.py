@@ -66,9 +66,10 @@ def _linear_at_once(base_layer: nn.Module, x: Tensor, adapter: Adapter) -> Tenso
         return None
     boft_R, boft_s, keep = adapter
     if torch.is_grad_enabled():
-        if saved_activations() != "exact":
+        mode = saved_activations()
+        if mode == "compact":
             return None
-        return _C.linear_train(x, weight, parameters["bias"], boft_R, boft_s, keep)
+        return _C.linear_train(x, weight, parameters["bias"], boft_R, boft_s, keep, mode == "recompute")
     return None if keep is not None else _C.linear_now(x, weight, parameters["bias"], boft_R, boft_s)
 
 

@@ -98,9 +98,10 @@ LinearForward linear_kernels(const at::Tensor& x, const at::Tensor& weight, cons
                              const at::Tensor& blocks, int64_t b, int64_t m, const at::Tensor& s, bool keep_z);
 
 // With gradients: the whole layer as one function, linear.cpp. Nothing where linear_now would give nothing, where
-// boft_R is not of the arithmetic's dtype, where weight or bias train, and for x without rows.
+// boft_R is not of the arithmetic's dtype, where weight or bias train, and for x without rows. With `recompute` only x
+// is saved, packed, and what the backward needs of the output is computed from it again.
 std::optional<at::Tensor> linear_train(const at::Tensor& x, const at::Tensor& weight,
                                        const std::optional<at::Tensor>& bias, const at::Tensor& boft_R,
-                                       const at::Tensor& s, const std::optional<at::Tensor>& keep);
+                                       const at::Tensor& s, const std::optional<at::Tensor>& keep, bool recompute);
 
 }  // namespace boft
