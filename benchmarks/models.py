@@ -97,8 +97,8 @@ CPU = torch.device("cpu")
 
 
 def run(table_dir: Path, quick: bool, only: str | None, device: torch.device = CPU) -> None:
-    """Measure all models, or the cases whose name and dtype hold `only` (as in "llama all f32"), and write ``models.csv``, or ``models-cuda.csv``, into
-    `table_dir`; nothing is written if there are none.
+    """Measure all models, or the cases whose name and dtype hold `only` (as in "llama all f32"), and write
+    ``models.csv``, or ``models-cuda.csv``, into `table_dir`; nothing is written if there are none.
 
     A quick run has all linears of the Llama shape, few rounds, and no dense providers.
     """
