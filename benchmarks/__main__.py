@@ -39,7 +39,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=math.inf, help="metamath: start no case after so many")
     parser.add_argument("--threads", type=int, help="threads for torch; otherwise torch's own choice")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the CSV files")
-    parser.add_argument("--only", metavar="TEXT", help="only cases whose name contains TEXT")
+    parser.add_argument("--only", metavar="TEXT", help="only cases whose name, with its dtype, contains TEXT")
     options = parser.parse_args(arguments)
     for level in options.levels:
         if level not in LEVELS:

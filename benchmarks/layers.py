@@ -119,14 +119,19 @@ CPU = torch.device("cpu")
 
 
 def run(table_dir: Path, quick: bool, only: str | None, device: torch.device = CPU) -> None:
-    """Measure all layers, or those whose name holds `only`, and write ``layers.csv``, or ``layers-cuda.csv``, into
-    `table_dir`; nothing is written if there are none."""
-    cases = [case for case in (QUICK_CASES if quick else CASES) if only is None or only in case.name]
+    """Measure all layers, or those whose name and dtype hold `only` (as in "linear 768x768 f32"), and write
+    ``layers.csv``, or ``layers-cuda.csv``, into `table_dir`; nothing is written if there are none."""
+    cases = [
+        (case, dtype)
+        for case in (QUICK_CASES if quick else CASES)
+        for dtype in DTYPES
+        if only is None or only in f"{case.name} {dtype}"
+    ]
     if not cases:
         return
     table = Table(table_dir / "layers.csv", COLUMNS, device)
     effort = Effort(0.6, 5) if quick else Effort(1.0, 7)
-    with tqdm([(case, dtype) for case in cases for dtype in DTYPES], desc="layers", unit="case") as progress:
+    with tqdm(cases, desc="layers", unit="case") as progress:
         for case, dtype in progress:
             progress.set_postfix_str(f"{case.name} {dtype}")
             try:

@@ -38,6 +38,7 @@ from benchmarks.providers import (
     DENSE,
     DENSE_ROUNDS,
     FAST,
+    RECOMPUTE,
     Provider,
     adapted,
     built_factors,
@@ -85,7 +86,7 @@ DENSE_EFFORT = Effort(DENSE_ROUNDS, 0.0, 0.0)
 
 def fast_variants(shape: ModelShape, targets: str, quick: bool) -> dict[str, Variant]:
     """The providers that take turns on one model, by the names of their rows; boft_ext also with other b and m."""
-    variants = {name: Variant(provider) for name, provider in FAST.items()}
+    variants = {name: Variant(provider) for name, provider in {**FAST, **RECOMPUTE}.items()}
     others = [(1, 4), (2, 4), (4, 4)] if (shape, targets) == (LLAMA, "qv") else [(4, 4)] if targets != "qv" else []
     for m, b in [] if quick else others:
         variants[f"boft_ext-m{m}b{b}"] = Variant(FAST["boft_ext"], b, m)
@@ -96,8 +97,8 @@ CPU = torch.device("cpu")
 
 
 def run(table_dir: Path, quick: bool, only: str | None, device: torch.device = CPU) -> None:
-    """Measure all models, or the cases whose name holds `only`, and write ``models.csv``, or ``models-cuda.csv``, into
-    `table_dir`; nothing is written if there are none.
+    """Measure all models, or the cases whose name and dtype hold `only` (as in "llama all f32"), and write
+    ``models.csv``, or ``models-cuda.csv``, into `table_dir`; nothing is written if there are none.
 
     A quick run has all linears of the Llama shape, few rounds, and no dense providers.
     """
@@ -106,7 +107,7 @@ def run(table_dir: Path, quick: bool, only: str | None, device: torch.device = C
         for shape in ([LLAMA] if quick else SHAPES)
         for targets in (["all"] if quick else shape.targets)
         for dtype in DTYPES
-        if only is None or only in case_name(shape, targets)
+        if only is None or only in f"{case_name(shape, targets)} {dtype}"
     ]
     if not cases:
         return

@@ -4,7 +4,8 @@
 `lora` has r = 32 and `oft` block size 32, whatever b and m are. `peft` is PEFT's BOFT as installed, which without its
 CUDA kernel silently builds m = 1; `peft-m` is the same with `torch.block_diag` in place of the kernel, so that m is
 honoured. `pr3540` is `benchmarks.pr3540`, `boft_ext` PEFT's BOFT under `boft_ext.patch_peft`, `boft_ext-wrap`
-`boft_ext.wrap`. `boft_ext-compact` is `boft_ext` with ``boft_ext.set_saved_activations("compact")``.
+`boft_ext.wrap`. `boft_ext-compact` and `boft_ext-recompute` are `boft_ext` with these modes of
+`boft_ext.set_saved_activations`.
 
 A process has PEFT patched or not, so each provider says what must be in force while it is built and used. PEFT's own
 layers keep dense ``(m, d, d)`` tables and take up to a hundred times as long as the others; `patch_peft` takes over all
@@ -128,6 +129,8 @@ DENSE = {
     "peft": Provider(_boft, plain_peft),
     "peft-m": Provider(_boft, _peft_mathematics),
 }
+# Beside FAST for models only, whose memory it is for.
+RECOMPUTE = {"boft_ext-recompute": Provider(_boft, functools.partial(_patched_peft, "recompute"))}
 # Beside FAST for single layers only.
 BASE_TRAINABLE = {"base-trainable": Provider(_train_weights, _any_peft)}
 WRAP = {"boft_ext-wrap": Provider(_wrap, functools.partial(boft_ext.set_saved_activations, "exact"))}

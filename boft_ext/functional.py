@@ -103,7 +103,7 @@ def rotate(
             return y
     m, _, b, _ = boft_R.shape if boft_R.dim() == 4 else (0, 0, 0, 0)
     dtype = x.dtype
-    return torch.ops.boft.rotate(x, blocks(boft_R, dtype, keep), b, m, transpose, saved_activations() == "compact")
+    return torch.ops.boft.rotate(x, blocks(boft_R, dtype, keep), b, m, transpose, saved_activations() != "exact")
 
 
 def scale(z: Tensor, boft_s: Tensor, bias: Tensor | None = None, *, bias_detached: bool = False) -> Tensor:
@@ -119,7 +119,7 @@ def scale(z: Tensor, boft_s: Tensor, bias: Tensor | None = None, *, bias_detache
         out = _C.scale_now(z, boft_s, bias)
         if out is not None:
             return out
-    return torch.ops.boft.scale(z, boft_s, bias, bias_detached, saved_activations() == "compact")
+    return torch.ops.boft.scale(z, boft_s, bias, bias_detached, saved_activations() != "exact")
 
 
 def _group_rows(weight: Tensor, groups: int) -> Tensor:

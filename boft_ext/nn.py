@@ -103,11 +103,11 @@ class _BOFTLayer(nn.Module):
         return layers.Adapter(self.boft_R, self.boft_s)
 
     def _adapter(self) -> layers.Adapter:
-        keep = None
+        boft_R, keep = layers.parameter_of(self, "boft_R"), None
         if self.training and self.boft_dropout > 0:
-            m, blocks, _, _ = self.boft_R.shape
-            keep = functional.dropout_keep(m, blocks, self.boft_dropout, self.boft_R.device)
-        return layers.Adapter(self.boft_R, self.boft_s, keep)
+            m, blocks, _, _ = boft_R.shape
+            keep = functional.dropout_keep(m, blocks, self.boft_dropout, boft_R.device)
+        return layers.Adapter(boft_R, layers.parameter_of(self, "boft_s"), keep)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False) -> None:
@@ -211,7 +211,7 @@ class BOFTLinear(_BOFTLayer):
         """``(..., in)`` -> ``(..., out)`` of the base layer's dtype; extra arguments go to the base layer."""
         if self._merged:
             return self.base_layer(x, *args, **kwargs)
-        return layers.linear_forward(self.base_layer, x, [self._adapter()], *args, **kwargs)
+        return layers.linear_forward(self._modules["base_layer"], x, [self._adapter()], *args, **kwargs)
 
 
 class BOFTConv2d(_BOFTLayer):

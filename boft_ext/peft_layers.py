@@ -65,7 +65,7 @@ def to_apply(self) -> list[layers.Adapter]:
     adapters = []
     for name in (names,) if isinstance(names, str) else names:
         if name in rotations:
-            boft_R, boft_s = rotations[name], scales[name]
+            boft_R, boft_s = layers.parameter_of(rotations, name), layers.parameter_of(scales, name)
             if boft_R.is_meta:
                 boft_R, boft_s = peft_offload.fetch(rotations, name), peft_offload.fetch(scales, name)
             adapter = layers.Adapter(boft_R, boft_s, _keep(boft_R, dropouts[name]))
@@ -118,7 +118,7 @@ def linear_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if x.is_nested:
         # nn.TransformerEncoder makes these of padded input; only torch's own operators know them.
         return nn.functional.linear(x, layers.merged_weight(self.base_layer.weight, adapters), self.base_layer.bias)
-    return _as_input(layers.linear_forward(self.base_layer, x, adapters, *args, **kwargs), x)
+    return _as_input(layers.linear_forward(self._modules["base_layer"], x, adapters, *args, **kwargs), x)
 
 
 def conv_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -21,7 +21,13 @@ from benchmarks import layers, metamath, models, pr3540, providers  # noqa: E402
 from benchmarks.model_shapes import ModelShape  # noqa: E402
 from benchmarks.table import Table  # noqa: E402
 
-PROVIDERS = {**providers.FAST, **providers.DENSE, **providers.BASE_TRAINABLE, **providers.WRAP}
+PROVIDERS = {
+    **providers.FAST,
+    **providers.RECOMPUTE,
+    **providers.DENSE,
+    **providers.BASE_TRAINABLE,
+    **providers.WRAP,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -88,15 +94,16 @@ def test_every_provider_trains_a_layer_away_from_the_identity(name, dtype):
     assert bool(parameters) == (name != "base")
     assert all(parameter.grad.abs().max() > 0 for parameter in parameters)
     assert torch.equal(out, plain(x)) == (name == "base")
-    with_factors = {"pr3540": 2, "boft_ext": 2, "boft_ext-wrap": 2, "peft-m": 2, "peft": 1, "boft_ext-compact": 2}
-    assert providers.built_factors(entry.model) == with_factors.get(name)
+    factors = {"base": None, "base-trainable": None, "lora": None, "oft": None, "peft": 1}
+    assert providers.built_factors(entry.model) == factors.get(name, 2)
 
 
 def test_preparing_a_provider_is_idempotent_and_undone():
-    for name in ("boft_ext", "peft-m", "peft-m", "peft", "boft_ext-compact", "boft_ext-compact", "boft_ext"):
+    compact, recompute = "boft_ext-compact", "boft_ext-recompute"
+    for name in ("boft_ext", "peft-m", "peft-m", "peft", compact, compact, recompute, "boft_ext"):
         PROVIDERS[name].prepare()
         assert boft_ext.peft_is_patched() == name.startswith("boft_ext")
-        assert (boft_ext.saved_activations() == "compact") == (name == "boft_ext-compact")
+        assert boft_ext.saved_activations() == {compact: "compact", recompute: "recompute"}.get(name, "exact")
     PROVIDERS["peft-m"].prepare()
     assert peft_layer.get_fbd_cuda()
     providers.plain_peft()
@@ -135,14 +142,15 @@ def test_a_model_gives_rows_of_all_providers_and_measures(tmp_path, monkeypatch)
 
     assert set(models.COLUMNS) <= set(table[0])
     seen = {measure: [row["provider"] for row in table if row["measure"] == measure] for measure in ("step", "decode")}
-    everyone = ["base", "lora", "oft", "pr3540", "boft_ext", "boft_ext-compact", "boft_ext-m4b4", "peft", "peft-m"]
+    ours = ["boft_ext", "boft_ext-compact", "boft_ext-recompute", "boft_ext-m4b4"]
+    everyone = ["base", "lora", "oft", "pr3540", *ours, "peft", "peft-m"]
     assert seen == {"step": everyone, "decode": everyone}
     for measure in ("init", "load"):
         names = [row["provider"] for row in table if row["measure"] == measure]
-        assert names == ["lora", "oft", "boft_ext", "boft_ext-compact", "boft_ext-m4b4", "peft", "peft-m"]
+        assert names == ["lora", "oft", *ours, "peft", "peft-m"]
     steps = {row["provider"]: row for row in table if row["measure"] == "step"}
     assert {name: row["m"] for name, row in steps.items() if row["m"]} == {
-        **{"pr3540": "2", "boft_ext": "2", "boft_ext-compact": "2", "boft_ext-m4b4": "4", "peft": "1", "peft-m": "2"}
+        **{"pr3540": "2", **dict.fromkeys(ours, "2"), "boft_ext-m4b4": "4", "peft": "1", "peft-m": "2"}
     }
     assert float(steps["base"]["ratio"]) == 1 and float(steps["base"]["peak_ratio"]) == 1
     assert steps["base"]["trainable"] == "0" and steps["pr3540"]["trainable"] == steps["boft_ext"]["trainable"]

@@ -1,7 +1,8 @@
-"""set_saved_activations: what compact mode saves, and what its gradients are."""
+"""set_saved_activations: what the modes compact and recompute save, and what their gradients are."""
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import library
 
 import boft_ext
@@ -169,6 +170,96 @@ def test_backward_after_the_kernels_were_switched_off():
     with ops.without_kernels():
         y.sum().backward()
     assert boft_R.grad.any()
+
+
+def make_layer(inputs=96, outputs=64, bias=True, dtype=torch.float32):
+    config = boft_ext.BOFTConfig(boft_block_size=8, boft_n_butterfly_factor=2, init_weights=False)
+    return boft_ext.BOFTLinear.from_linear(torch.nn.Linear(inputs, outputs, bias=bias, dtype=dtype), config)
+
+
+@pytest.mark.parametrize("frozen", [None, "boft_R", "boft_s"])
+@pytest.mark.parametrize("rows", [(3,), (2, 400), (1, 1037)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_recomputed_outputs(dtype, rows, frozen):
+    layer = make_layer(dtype=dtype)
+    if frozen:
+        getattr(layer, frozen).requires_grad_(False)
+    x, dy = torch.randn(*rows, 96, dtype=dtype, requires_grad=True), torch.randn(*rows, 64, dtype=dtype)
+    inputs = {"x": x, **{name: p for name, p in layer.named_parameters() if p.requires_grad}}
+    boft_ext.set_saved_activations("recompute")
+    out = layer(x)
+    ours = dict(zip(inputs, torch.autograd.grad(out, list(inputs.values()), dy), strict=True))
+    boft_ext.set_saved_activations("exact")
+    assert torch.equal(out, layer(x))
+    wanted = dict(zip(inputs, torch.autograd.grad(layer(x), list(inputs.values()), dy), strict=True))
+    assert list(ours) == ["x", *(name for name in ("boft_R", "boft_s") if name != frozen)]
+    # The matrix product may sum in another order for other numbers of rows.
+    assert off_by(ours.pop("x"), wanted["x"]) < 4 * torch.finfo(dtype).eps
+    assert all(off_by(gradient, wanted[name]) < 0.015 for name, gradient in ours.items())
+
+
+def test_recompute_saves_one_packed_input_for_layers_that_share_it():
+    boft_ext.set_saved_activations("recompute")
+    x, shared = torch.randn(512, 256), [make_layer(256, 512) for _ in range(3)]
+    own = sum(p.nbytes for layer in shared for p in layer.parameters())
+    _, different = saved_bytes(lambda: [layer(x) for layer in shared])
+    assert different == own + 512 * 4 * 66
+
+
+@pytest.mark.parametrize("rows", [40, 1500])
+def test_threads_do_not_change_what_is_recomputed(rows):
+    layer, x, dy, results = make_layer(512, 256), torch.randn(rows, 512), torch.randn(rows, 256), []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(gradients("recompute", lambda: layer(x), [layer.boft_R, layer.boft_s], dy))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_recompute_with_dropout_checkpointing_and_double_use():
+    layer, x, dy = make_layer(), torch.randn(20, 96, requires_grad=True), torch.randn(20, 64)
+    layer.boft_dropout = 0.5
+
+    def run(mode, checkpointed):
+        boft_ext.set_saved_activations(mode)
+        torch.manual_seed(7)
+        out = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False) if checkpointed else layer(x)
+        return torch.autograd.grad(out, [x, layer.boft_R, layer.boft_s], dy, retain_graph=not checkpointed)
+
+    wanted = run("exact", False)
+    for checkpointed in (False, True):
+        for ours, theirs in zip(run("recompute", checkpointed), wanted, strict=True):
+            assert off_by(ours, theirs) < 0.015
+
+
+def test_recompute_notices_a_parameter_changed_before_backward():
+    boft_ext.set_saved_activations("recompute")
+    layer = make_layer()
+    out = layer(torch.randn(20, 96))
+    with torch.no_grad():
+        layer.boft_R.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_recompute_refuses_a_second_derivative():
+    boft_ext.set_saved_activations("recompute")
+    layer, x = make_layer(), torch.randn(20, 96, requires_grad=True)
+    (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="not implemented"):
+        dx.sum().backward()
+
+
+def test_recompute_is_compact_where_the_base_does_more_than_its_product():
+    boft_ext.set_saved_activations("recompute")
+    layer, x = make_layer(), torch.randn(64, 96)
+    layer.base_layer.bias.requires_grad_(True)
+    total = saved_bytes(lambda: layer(x))[0]
+    boft_ext.set_saved_activations("compact")
+    assert total == saved_bytes(lambda: layer(x))[0]
 
 
 def test_opcheck():

@@ -31,7 +31,7 @@ static int64_t paired_floats(const boft_plan *plan, boft_dtype dtype)
 size_t boft_rotate_workspace(const boft_plan *plan, boft_dtype dtype)
 {
     /* Two strips of a tile and, for levels with gathered channels, two of a group. */
-    const int64_t strips = 2 * boft_tile_rows(plan) * (boft_tile_channels(plan) + plan->super);
+    const int64_t strips = 2 * BOFT_TILE_ROWS * (boft_tile_channels(plan) + plan->super);
     return (size_t)(strips + boft_max(packed_reals(plan), paired_floats(plan, dtype))) * boft_real_size(dtype);
 }
 
@@ -87,7 +87,7 @@ int64_t boft_rotate_backward_tasks(const boft_plan *plan, int64_t rows)
 size_t boft_rotate_backward_workspace(const boft_plan *plan, boft_dtype dtype)
 {
     /* The input of every level and two strips of dy; two gathered groups and one gathered result. */
-    const int64_t strips = boft_backward_tile_rows(plan) * ((plan->levels + 2) * boft_tile_channels(plan) + 3 * plan->super);
+    const int64_t strips = BOFT_TILE_ROWS * ((plan->levels + 2) * boft_tile_channels(plan) + 3 * plan->super);
     return (size_t)(strips + boft_max(2 * packed_reals(plan), paired_floats(plan, dtype))) * boft_real_size(dtype);
 }
 

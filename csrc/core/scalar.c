@@ -1,5 +1,6 @@
 /* The scalar reference: every kernel in plain loops. All other variants are tested against it. */
 #include "convert.h"
+#include "digest_keys.h"
 #include "gather.h"
 #include "invert.h"
 #include "kernels.h"
@@ -20,9 +21,23 @@
 #undef REAL
 #undef FN
 
-#define VEC_ATTR
-#include "digest_template.h"
-#undef VEC_ATTR
+static void digest(const void *data, size_t bytes, uint64_t out[BOFT_DIGEST_WORDS])
+{
+    const unsigned char *from = data;
+    for (int i = 0; i < BOFT_DIGEST_WORDS; i++)
+        out[i] = bytes;
+    for (uint64_t turn = 0; bytes > 0; turn++) {
+        uint64_t words[BOFT_DIGEST_WORDS] = {0};
+        const size_t taken = bytes < sizeof words ? bytes : sizeof words;
+        memcpy(words, from, taken);
+        for (int i = 0; i < BOFT_DIGEST_WORDS; i++) {
+            const uint64_t mixed = words[i] ^ boft_digest_key(i, turn);
+            out[i] += words[i ^ 1] + (mixed & 0xffffffff) * (mixed >> 32);
+        }
+        from += taken;
+        bytes -= taken;
+    }
+}
 
 const boft_kernels boft_kernels_scalar = {
     .name = "scalar",

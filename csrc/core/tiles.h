@@ -6,12 +6,12 @@
 
 enum {
     /*
-     * Rows that rotate and its backward work on together. With one level of small groups four: rows are then read as
-     * streams across all channels, at FMA peak from cache (two Zen 4 cores: 1.0 times the floor at 1024 x 768 and
-     * 1024 x 2048, where tiles of 32 rows took 1.1 and 3.7 because rows 8 KiB apart share the sets of the first-level
-     * cache). Larger groups are reused over more rows: 8 in the forward of groups of whole vectors (1024 x 1024, groups
-     * of 64: 1.5 times the floor, with 32 rows 1.75), 32 elsewhere (backward there 1.65 instead of 1.95; groups of 20
-     * 2.0 instead of 3.6 with 4 rows).
+     * Rows that rotate and its backward work on together. With one level of groups of one or two vectors four: rows are
+     * then read as streams across all channels, at FMA peak from cache (two Zen 4 cores: 1.0 times the floor at 1024 x
+     * 768 and 1024 x 2048, where tiles of 32 rows took 1.1 and 3.7 because rows 8 KiB apart share the sets of the
+     * first-level cache). Larger groups are reused over more rows: 8 in the forward of groups of whole vectors
+     * (1024 x 1024, groups of 64: 1.5 times the floor, with 32 rows 1.75), 32 elsewhere (groups of 20: 2.0 instead of
+     * 3.6 with 4 rows; backward of groups of 32 with AVX2 on a Zen 3 core, 512 x 768: 51 GF/s with 4 rows, 70 with 32).
      */
     BOFT_TILE_ROWS_SMALL = 4,
     BOFT_TILE_ROWS_MIDDLE = 8,
@@ -57,25 +57,34 @@ static inline int64_t boft_split_begin(int64_t rows, int64_t i, int64_t n)
     return rows * i / n;
 }
 
-/* Whether groups fill half a vector at most, or one or two vectors: they have loops of their own, over few rows. */
-static inline int boft_is_small(const boft_plan *plan)
+/* Whether a group is one vector of `lanes` numbers, or two; vectors of fewer than 8 have no loops of their own for it. */
+static inline int boft_is_vectors(int64_t group, int64_t lanes)
 {
-    return plan->levels == 1 && (plan->super <= 8 || plan->super == 16 || plan->super == BOFT_SMALL_GROUP);
+    return lanes >= 8 && (group == lanes || group == 2 * lanes);
 }
 
-/* Rows of a tile of the forward. */
-static inline int64_t boft_tile_rows(const boft_plan *plan)
+/* Whether groups fill half a vector at most, or one or two vectors: they have loops of their own, over few rows. */
+static inline int boft_is_small(const boft_plan *plan, int64_t lanes)
 {
-    if (boft_is_small(plan))
+    return plan->levels == 1 && (plan->super <= 8 || boft_is_vectors(plan->super, lanes));
+}
+
+/* Rows of a tile of the forward, at most BOFT_TILE_ROWS. */
+static inline int64_t boft_tile_rows(const boft_plan *plan, int64_t lanes)
+{
+    if (boft_is_small(plan, lanes))
         return BOFT_TILE_ROWS_SMALL;
     const int middle = plan->levels == 1 && plan->super % 16 == 0 && plan->super <= BOFT_MIDDLE_GROUP;
     return middle ? BOFT_TILE_ROWS_MIDDLE : BOFT_TILE_ROWS;
 }
 
-/* Rows of a tile of the backward. A sum over more rows loads and stores the gradients of larger groups less often. */
-static inline int64_t boft_backward_tile_rows(const boft_plan *plan)
+/*
+ * Rows of a tile of the backward, at most BOFT_TILE_ROWS. A sum over more rows loads and stores the gradients of larger
+ * groups less often.
+ */
+static inline int64_t boft_backward_tile_rows(const boft_plan *plan, int64_t lanes)
 {
-    return boft_is_small(plan) ? BOFT_TILE_ROWS_SMALL : BOFT_TILE_ROWS;
+    return boft_is_small(plan, lanes) ? BOFT_TILE_ROWS_SMALL : BOFT_TILE_ROWS;
 }
 
 /* Rows of a band of tiles of `tall` rows, of which BOFT_BAND_ROWS is a multiple or less. */

@@ -2,6 +2,7 @@
  * Every vector kernel of one variant, as the table KERNELS. The including file has included a vec_*.h before and defines
  * KERNELS and KERNELS_NAME. REAL is the type of the arithmetic, FN(x) and VEC(x) name functions and vectors of it.
  */
+#include "digest_keys.h"
 #include "gather.h"
 #include "invert.h"
 #include "tiles.h"

@@ -42,6 +42,15 @@ VEC_FN vec_double add_double(vec_double a, vec_double b) { return _mm256_add_pd(
 VEC_FN vec_double sub_double(vec_double a, vec_double b) { return _mm256_sub_pd(a, b); }
 VEC_FN vec_double mul_double(vec_double a, vec_double b) { return _mm256_mul_pd(a, b); }
 
+typedef __m256i vec_words;
+VEC_FN vec_words set1_words(uint64_t a) { return _mm256_set1_epi64x((int64_t)a); }
+VEC_FN vec_words load_words(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
+VEC_FN void store_words(void *p, vec_words a) { _mm256_storeu_si256((__m256i *)p, a); }
+VEC_FN vec_words add_words(vec_words a, vec_words b) { return _mm256_add_epi64(a, b); }
+VEC_FN vec_words xor_words(vec_words a, vec_words b) { return _mm256_xor_si256(a, b); }
+VEC_FN vec_words swap_words(vec_words a) { return _mm256_shuffle_epi32(a, _MM_SHUFFLE(1, 0, 3, 2)); }
+VEC_FN vec_words multiply_halves(vec_words a) { return _mm256_mul_epu32(a, _mm256_srli_epi64(a, 32)); }
+
 typedef __m256i index_float;
 typedef __m256i index_double; /* pairs of 32-bit lanes */
 VEC_FN index_float load_index_float(const int32_t *p) { return _mm256_loadu_si256((const __m256i *)p); }

@@ -1,10 +1,11 @@
 /*
  * Vectors of AVX-512 (F, BW, DQ, VL). The names that every vec_*.h gives: for T = float and double, the type vec_T of
  * VEC_LANES_T lanes, and zero, set1, load, store, loadn, storen (the first n lanes, others zero), fma (a b + c), add,
- * sub, mul, each with suffix _T; the type index_T of lane numbers with load_index and permute (lane i of the result is lane
- * from[i]); for 16-bit data, load, loadn, store and storen with suffixes _bf16 and _f16 that
- * convert VEC_LANES_float values from and to vec_float. Included once in a source, by isa_avx512.c
- * and, with VEC_NATIVE_BF16 defined, by isa_avx512bf16.c.
+ * sub, mul, each with suffix _T; the type index_T of lane numbers with load_index and permute (lane i of the result is
+ * lane from[i]); for 16-bit data, load, loadn, store and storen with suffixes _bf16 and _f16 that convert
+ * VEC_LANES_float values from and to vec_float; vec_words, as many 64-bit numbers as vec_double has lanes, with set1,
+ * load, store, add, xor, swap (lanes 2 i and 2 i + 1) and multiply_halves (the upper 32 bits of each times its lower).
+ * Included once in a source, by isa_avx512.c and, with VEC_NATIVE_BF16 defined, by isa_avx512bf16.c.
  */
 #include "convert.h"
 
@@ -52,6 +53,15 @@ VEC_FN vec_double fma_double(vec_double a, vec_double b, vec_double c) { return 
 VEC_FN vec_double add_double(vec_double a, vec_double b) { return _mm512_add_pd(a, b); }
 VEC_FN vec_double sub_double(vec_double a, vec_double b) { return _mm512_sub_pd(a, b); }
 VEC_FN vec_double mul_double(vec_double a, vec_double b) { return _mm512_mul_pd(a, b); }
+
+typedef __m512i vec_words;
+VEC_FN vec_words set1_words(uint64_t a) { return _mm512_set1_epi64((int64_t)a); }
+VEC_FN vec_words load_words(const void *p) { return _mm512_loadu_si512(p); }
+VEC_FN void store_words(void *p, vec_words a) { _mm512_storeu_si512(p, a); }
+VEC_FN vec_words add_words(vec_words a, vec_words b) { return _mm512_add_epi64(a, b); }
+VEC_FN vec_words xor_words(vec_words a, vec_words b) { return _mm512_xor_si512(a, b); }
+VEC_FN vec_words swap_words(vec_words a) { return _mm512_shuffle_epi32(a, _MM_PERM_BADC); }
+VEC_FN vec_words multiply_halves(vec_words a) { return _mm512_mul_epu32(a, _mm512_srli_epi64(a, 32)); }
 
 typedef __m512i index_float;
 typedef __m512i index_double;

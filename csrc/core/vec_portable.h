@@ -31,6 +31,20 @@ VEC_PORTABLE(float)
 VEC_PORTABLE(double)
 #undef VEC_PORTABLE
 
+typedef uint64_t vec_words __attribute__((vector_size(16)));
+VEC_FN vec_words set1_words(uint64_t a) { return (vec_words){a, a}; }
+VEC_FN vec_words load_words(const void *p)
+{
+    vec_words a;
+    memcpy(&a, p, sizeof a);
+    return a;
+}
+VEC_FN void store_words(void *p, vec_words a) { memcpy(p, &a, sizeof a); }
+VEC_FN vec_words add_words(vec_words a, vec_words b) { return a + b; }
+VEC_FN vec_words xor_words(vec_words a, vec_words b) { return a ^ b; }
+VEC_FN vec_words swap_words(vec_words a) { return (vec_words){a[1], a[0]}; }
+VEC_FN vec_words multiply_halves(vec_words a) { return (a & 0xffffffff) * (a >> 32); }
+
 #define VEC_PORTABLE_PERMUTE(T)                                                                                        \
     typedef const int32_t *index_##T;                                                                                  \
     VEC_FN index_##T load_index_##T(const int32_t *p) { return p; }                                                    \

@@ -55,9 +55,12 @@ bool is_plain(const at::Tensor& tensor) {
 Rows::Rows(const at::Tensor& any) : tensor(any) {
   columns = tensor.size(-1);
   rows = columns == 0 ? 0 : tensor.numel() / columns;
+  stride = columns;
+  // Only its data is read, so what lies in rows already is not reshaped.
+  if (tensor.is_contiguous()) return;
   if (tensor.dim() != 2) tensor = tensor.reshape({rows, columns});
   if (columns > 1 && tensor.stride(1) != 1) tensor = tensor.contiguous();
-  stride = rows > 1 ? tensor.stride(0) : columns;
+  if (rows > 1) stride = tensor.stride(0);
 }
 
 at::Tensor empty_contiguous(const at::Tensor& tensor) { return empty_contiguous(tensor, tensor.sizes()); }

@@ -109,8 +109,8 @@ std::optional<Tensor> linear_now(const Tensor& x, const Tensor& weight, const st
   if (!serves(boft_R) || !is_plain(x) || !is_plain(weight) || !is_plain(s) || (bias.has_value() && !is_plain(*bias)))
     return std::nullopt;
   const Tensor blocks = blocks_of(boft_R, real_dtype(x.scalar_type()));
-  if (auto result = linear_in_parts(x, weight, bias, blocks, boft_R.size(2), boft_R.size(0), s, false))
-    return std::move(result->out);
+  if (linear_fits(x, weight, bias))
+    return linear_kernels(x, weight, bias, blocks, boft_R.size(2), boft_R.size(0), s, false).out;
   const Tensor rotated = rotate_cpu(x, blocks, boft_R.size(2), boft_R.size(0), false);
   return scale_cpu(at::linear(rotated, weight, bias), s, bias, false);
 }

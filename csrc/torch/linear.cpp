@@ -4,6 +4,7 @@
 // gradient of the rotated input is rotated where it lies.
 #include "arguments.h"
 #include "ops.h"
+#include "packed.h"
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/addmm.h>
@@ -19,7 +20,7 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 // `data` (..., columns) as a matrix of rows.
-Tensor rows_of(const Tensor& data) { return data.view({-1, data.size(-1)}); }
+Tensor rows_of(const Tensor& data) { return data.dim() == 2 ? data : data.view({-1, data.size(-1)}); }
 
 // An uninitialised tensor of the shape of `data` but for its last axis.
 Tensor empty_rows(const Tensor& data, int64_t columns) {
@@ -78,15 +79,29 @@ Pointer row_of(Pointer data, int64_t row, int64_t stride, int64_t element_size) 
   return data == nullptr ? nullptr : static_cast<Byte*>(data) + row * stride * element_size;
 }
 
+// x and z as they were; or, where the output is recomputed, x packed and boft_R instead of what is made of it.
 struct Saved {
-  Tensor x, blocks, q, z, s, weight;
+  Tensor x, blocks, q, z, s, weight, packed, boft_R;
   std::optional<Tensor> bias, keep;
   int64_t b, m;
+
+  void make_blocks() {
+    std::tie(blocks, q) = blocks_cpu(boft_R, keep);
+    if (m == 1) q = blocks.view(boft_R.sizes());
+  }
 };
 
 struct Needed {
   bool x, boft_R, s;
+  bool through() const { return x || boft_R; }
 };
+
+// (x R) weight^T + bias.
+Tensor output_of(const Saved& saved, const Tensor& x) {
+  const Tensor z = empty_rows(x, saved.weight.size(0));
+  multiply(rows_of(rotate_cpu(x, saved.blocks, saved.b, saved.m, false)), saved.weight.t(), saved.bias, rows_of(z));
+  return z;
+}
 
 // Gradients of x, boft_R and s by the kernels, part by part; nothing is recorded. False if the rows are too few.
 bool backward_in_parts(const Saved& saved, const Needed& need, const Tensor& dy, variable_list& gradients) {
@@ -122,7 +137,7 @@ bool backward_in_parts(const Saved& saved, const Needed& need, const Tensor& dy,
 
 // The same on all rows at once.
 variable_list backward_now(const Saved& saved, const Needed& need, Tensor& dy) {
-  const bool through = need.x || need.boft_R;
+  const bool through = need.through();
   variable_list gradients;
   if (through && backward_in_parts(saved, need, dy, gradients)) return gradients;
   auto [dz, ds, dbias] = scale_backward_cpu(dy, optional_of(saved.z), saved.s, saved.bias, false, through, need.s, false);
@@ -143,7 +158,7 @@ variable_list backward_now(const Saved& saved, const Needed& need, Tensor& dy) {
 
 // The same by registered operators, which refuse a second derivative and reach whatever mode is active.
 variable_list backward_recorded(const Saved& saved, const Needed& need, const Tensor& dy) {
-  const bool through = need.x || need.boft_R;
+  const bool through = need.through();
   auto [dz, ds, dbias] =
       call_scale_backward(dy, optional_of(saved.z), saved.s, saved.bias, false, through, need.s, false);
   Tensor dx, dblocks;
@@ -156,50 +171,102 @@ variable_list backward_recorded(const Saved& saved, const Needed& need, const Te
           need.s ? ds : Tensor()};
 }
 
+// What is added up piece by piece, in the order of rows.
+void add_to(Tensor& sum, const Tensor& part) {
+  if (sum.defined())
+    sum.add_(part);
+  else
+    sum = part;
+}
+
+// Rows whose inputs are unpacked, and whose outputs are computed again, at a time: what that takes should stay small
+// beside what it saves.
+constexpr int64_t kRecomputedRows = 256;
+
+// The same from packed x and without z.
+variable_list backward_recomputed(Saved& saved, const Needed& need, const Tensor& dy) {
+  saved.make_blocks();
+  const int64_t d = saved.weight.size(1), n = saved.weight.size(0);
+  const Tensor grad = dy.reshape({-1, n}), dx = need.x ? empty_rows(dy, d) : Tensor();
+  const int64_t rows = grad.size(0), pieces = (rows + kRecomputedRows - 1) / kRecomputedRows;
+  Tensor dblocks_sum, ds_sum;
+  for (int64_t piece = 0; piece < pieces; piece++) {
+    const int64_t first = rows * piece / pieces, count = rows * (piece + 1) / pieces - first;
+    const Tensor x = need.boft_R || need.s
+                         ? unpack(saved.packed.narrow(0, first, count), dy.scalar_type(), d, kBitsOfX)
+                         : Tensor();
+    const auto z = need.s ? std::optional<Tensor>(output_of(saved, x)) : std::nullopt;
+    const auto [dz, ds, dbias] = scale_backward_cpu(grad.narrow(0, first, count), z, saved.s, saved.bias, false,
+                                                    need.through(), need.s, false);
+    if (need.s) add_to(ds_sum, ds);
+    if (!need.through()) continue;
+    const Tensor rotated = need.x ? rows_of(dx).narrow(0, first, count) : empty_rows(dz, d);
+    multiply(dz, saved.weight, std::nullopt, rotated);
+    const auto [back, dblocks] = rotate_backward_cpu(rotated, need.boft_R ? x : rotated, saved.blocks, saved.b, saved.m,
+                                                     false, need.x, need.boft_R, true);
+    if (need.boft_R) add_to(dblocks_sum, dblocks);
+  }
+  return {dx, need.boft_R ? blocks_backward_cpu(dblocks_sum, saved.q, saved.keep) : Tensor(), ds_sum};
+}
+
 class LinearFunction : public torch::autograd::Function<LinearFunction> {
  public:
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& boft_R, const Tensor& s,
-                        const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& keep) {
+                        const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& keep,
+                        bool recompute) {
     at::AutoDispatchBelowADInplaceOrView guard;
     const int64_t m = boft_R.size(0), b = boft_R.size(2);
     const auto [blocks, q] = blocks_cpu(boft_R, keep);
-    const bool keep_z = s.requires_grad();
-    auto result = linear_in_parts(x, weight, bias, blocks, b, m, s, keep_z);
-    if (!result) {
-      const Tensor z = empty_rows(x, weight.size(0));
-      multiply(rows_of(rotate_cpu(x, blocks, b, m, false)), weight.t(), bias, rows_of(z));
-      result = LinearForward{scale_cpu(z, s, bias, false), keep_z ? z : Tensor()};
+    const bool trains_s = s.requires_grad(), trains_R = boft_R.requires_grad();
+    const auto [out, z] = linear_kernels(x, weight, bias, blocks, b, m, s, trains_s && !recompute);
+    const Tensor none, given_bias = bias.value_or(none), given_keep = keep.value_or(none);
+    if (recompute) {
+      ctx->saved_data["sizes"] = x.sizes().vec();
+      ctx->save_for_backward({none, none, none, none, s, weight, trains_s || trains_R ? pack_shared(x) : none, boft_R,
+                              given_bias, given_keep});
+    } else {
+      ctx->save_for_backward({trains_R ? x : none, blocks, m == 1 ? blocks.view(boft_R.sizes()) : q, z, s, weight, none,
+                              none, given_bias, given_keep});
     }
-    ctx->save_for_backward({boft_R.requires_grad() ? x : Tensor(), blocks, m == 1 ? blocks.view(boft_R.sizes()) : q,
-                            result->z, s, weight, bias.value_or(Tensor()),
-                            keep.value_or(Tensor())});
     ctx->saved_data["b"] = b;
     ctx->saved_data["m"] = m;
-    return result->out;
+    return out;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list& grads) {
     const auto tensors = ctx->get_saved_variables();
-    const Saved saved{tensors[0],           tensors[1],
-                      tensors[2],           tensors[3],
-                      tensors[4],           tensors[5],
-                      optional_of(tensors[6]), optional_of(tensors[7]),
-                      ctx->saved_data["b"].toInt(), ctx->saved_data["m"].toInt()};
+    Saved saved{tensors[0],
+                tensors[1],
+                tensors[2],
+                tensors[3],
+                tensors[4],
+                tensors[5],
+                tensors[6],
+                tensors[7],
+                optional_of(tensors[8]),
+                optional_of(tensors[9]),
+                ctx->saved_data["b"].toInt(),
+                ctx->saved_data["m"].toInt()};
     const Needed need{ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)};
     Tensor& dy = grads[0];
     const bool now = is_plain(dy) && !at::GradMode::is_enabled() && cpu_kernels_in_use();
-    variable_list gradients = now ? backward_now(saved, need, dy) : backward_recorded(saved, need, dy);
-    gradients.resize(6);
+    const bool recompute = saved.boft_R.defined();
+    if (recompute && !now) {
+      const at::AutoDispatchBelowADInplaceOrView guard;
+      saved.make_blocks();
+      if (saved.packed.defined()) {
+        saved.x = unpack(saved.packed, dy.scalar_type(), saved.weight.size(1), kBitsOfX)
+                      .view(ctx->saved_data["sizes"].toIntVector());
+        saved.z = output_of(saved, saved.x);
+      }
+    }
+    variable_list gradients = !now        ? backward_recorded(saved, need, dy)
+                              : recompute ? backward_recomputed(saved, need, dy)
+                                          : backward_now(saved, need, dy);
+    gradients.resize(7);
     return gradients;
   }
 };
-
-// What does not fit is refused by the operators, with their messages.
-bool fits(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  const at::ScalarType dtype = x.scalar_type();
-  return x.dim() >= 2 && x.numel() > 0 && weight.dim() == 2 && weight.scalar_type() == dtype &&
-         weight.size(1) == x.size(-1) && (!bias.has_value() || bias->scalar_type() == dtype);
-}
 
 bool trains(const std::optional<Tensor>& tensor) { return tensor.has_value() && tensor->requires_grad(); }
 
@@ -207,19 +274,24 @@ bool plain(const std::optional<Tensor>& tensor) { return !tensor.has_value() || 
 
 }  // namespace
 
-std::optional<LinearForward> linear_in_parts(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                                             const Tensor& blocks, int64_t b, int64_t m, const Tensor& s, bool keep_z) {
-  if (!fits(x, weight, bias)) return std::nullopt;
+// What does not fit is refused by the operators, with their messages.
+bool linear_fits(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const at::ScalarType dtype = x.scalar_type();
+  return x.dim() >= 2 && x.numel() > 0 && weight.dim() == 2 && weight.scalar_type() == dtype &&
+         weight.size(1) == x.size(-1) && (!bias.has_value() || bias->scalar_type() == dtype);
+}
+
+LinearForward linear_kernels(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                             const Tensor& blocks, int64_t b, int64_t m, const Tensor& s, bool keep_z) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
   const Rows in(x);
-  const int64_t parts = parts_of(in.rows, in.rows);
-  if (parts == 0) return std::nullopt;
-  const boft_plan plan = check_rotate(x, blocks, b, m);
-  const Tensor out = empty_rows(x, weight.size(0)), z = keep_z ? empty_rows(x, weight.size(0)) : out;
-  const Tensor z_rows = rows_of(z), matrix = weight.t();
-  const int64_t size = x.element_size(), n = weight.size(0);
-  const Tensor real_blocks = blocks.contiguous(), factors = real_vector(s, n, blocks.scalar_type(), "boft_s");
+  const int64_t parts = parts_of(in.rows, in.rows), size = x.element_size(), n = weight.size(0);
+  const Tensor factors = real_vector(s, n, blocks.scalar_type(), "boft_s");
   const Tensor shifts = bias.has_value() ? real_vector(*bias, n, blocks.scalar_type(), "bias") : Tensor();
   const boft_dtype dtype = data_dtype(x, "x");
+  const Tensor rotated = parts == 0 ? rotate_cpu(x, blocks, b, m, false) : Tensor();
+  const Tensor out = empty_rows(x, n), z = keep_z ? empty_rows(x, n) : out;
+  const Tensor z_rows = rows_of(z), matrix = weight.t();
   const boft_scale_args scale = {dtype,
                                  in.rows,
                                  n,
@@ -229,6 +301,14 @@ std::optional<LinearForward> linear_in_parts(const Tensor& x, const Tensor& weig
                                  shifts.defined() ? shifts.const_data_ptr() : nullptr,
                                  out.mutable_data_ptr(),
                                  n};
+  if (parts == 0) {
+    multiply(rows_of(rotated), matrix, bias, z_rows);
+    parallel(in.rows, z.numel() * 8, 0,
+             [&](int64_t begin, int64_t end, void*) { return boft_scale(&scale, begin, end); });
+    return {out, keep_z ? z : Tensor()};
+  }
+  const boft_plan plan = check_rotate(x, blocks, b, m);
+  const Tensor real_blocks = blocks.contiguous();
   for_parts(parts, in.rows, x, plan.d, boft_rotate_workspace(&plan, dtype),
             [&](int64_t, int64_t first, int64_t past, const Desk& desk) {
               const int64_t rows = past - first;
@@ -245,17 +325,18 @@ std::optional<LinearForward> linear_in_parts(const Tensor& x, const Tensor& weig
               multiply(desk.rows.narrow(0, 0, rows), matrix, bias, z_rows.narrow(0, first, rows));
               check(boft_scale(&scale, first, past));
             });
-  return LinearForward{out, keep_z ? z : Tensor()};
+  return {out, keep_z ? z : Tensor()};
 }
 
 std::optional<Tensor> linear_train(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                                   const Tensor& boft_R, const Tensor& s, const std::optional<Tensor>& keep) {
+                                   const Tensor& boft_R, const Tensor& s, const std::optional<Tensor>& keep,
+                                   bool recompute) {
   if (!cpu_kernels_in_use() || !is_plain(x) || !is_plain(weight) || !is_plain(boft_R) || !is_plain(s) || !plain(bias) ||
       !plain(keep) || trains(weight) || trains(bias))
     return std::nullopt;
-  if (!fits(x, weight, bias) || boft_R.dim() != 4 || boft_R.scalar_type() != real_dtype(x.scalar_type()))
+  if (!linear_fits(x, weight, bias) || boft_R.dim() != 4 || boft_R.scalar_type() != real_dtype(x.scalar_type()))
     return std::nullopt;
-  return LinearFunction::apply(x, boft_R, s, weight, bias, keep);
+  return LinearFunction::apply(x, boft_R, s, weight, bias, keep, recompute);
 }
 
 }  // namespace boft

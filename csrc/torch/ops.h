@@ -87,20 +87,23 @@ std::optional<at::Tensor> scale_runs_now(const at::Tensor& z, const std::vector<
                                          const std::vector<int64_t>& choice, const std::vector<at::Tensor>& scales,
                                          const std::optional<at::Tensor>& bias);
 
-// linear.cpp. The whole layer, each thread taking some of the rows through rotate, the layer of `weight` and `bias`, and
-// scale, which then find them in its cache. Nothing where the rows are too few for that or an argument does not fit.
+// linear.cpp. Whether `linear_kernels` serves these.
+bool linear_fits(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias);
+
+// The whole layer. Where there are many rows, each thread takes some of them through rotate, the layer of `weight` and
+// `bias`, and scale, which then find them in its cache; the scale of few rows works in place.
 struct LinearForward {
   at::Tensor out;
   at::Tensor z;  // the output before the scale; undefined unless `keep_z`
 };
-std::optional<LinearForward> linear_in_parts(const at::Tensor& x, const at::Tensor& weight,
-                                             const std::optional<at::Tensor>& bias, const at::Tensor& blocks, int64_t b,
-                                             int64_t m, const at::Tensor& s, bool keep_z);
+LinearForward linear_kernels(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                             const at::Tensor& blocks, int64_t b, int64_t m, const at::Tensor& s, bool keep_z);
 
 // With gradients: the whole layer as one function, linear.cpp. Nothing where linear_now would give nothing, where
-// boft_R is not of the arithmetic's dtype, where weight or bias train, and for x without rows.
+// boft_R is not of the arithmetic's dtype, where weight or bias train, and for x without rows. With `recompute` only x
+// is saved, packed, and what the backward needs of the output is computed from it again.
 std::optional<at::Tensor> linear_train(const at::Tensor& x, const at::Tensor& weight,
                                        const std::optional<at::Tensor>& bias, const at::Tensor& boft_R,
-                                       const at::Tensor& s, const std::optional<at::Tensor>& keep);
+                                       const at::Tensor& s, const std::optional<at::Tensor>& keep, bool recompute);
 
 }  // namespace boft

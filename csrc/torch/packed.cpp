@@ -68,6 +68,17 @@ Tensor pack_shared(const Tensor& x) {
   return packed;
 }
 
+Tensor unpack(const Tensor& packed, at::ScalarType dtype, int64_t n, int bits) {
+  check_packed(packed, packed.size(0), n, bits);
+  const int64_t rows = packed.size(0);
+  Tensor x = at::empty({rows, n}, packed.options().dtype(dtype));
+  const boft_dtype to = data_dtype(x, "x");
+  parallel(rows, rows * n * 8, 0, [&](int64_t begin, int64_t end, void*) {
+    return boft_unpack(to, bits, rows, n, packed.const_data_ptr(), x.mutable_data_ptr(), n, begin, end);
+  });
+  return x;
+}
+
 void check_packed(const Tensor& packed, int64_t rows, int64_t n, int bits) {
   const int64_t bytes = static_cast<int64_t>(boft_pack_bytes(n, bits));
   TORCH_CHECK_VALUE(packed.scalar_type() == at::kByte && packed.is_contiguous() && packed.dim() == 2 &&

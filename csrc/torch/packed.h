@@ -21,6 +21,9 @@ at::Tensor pack(const at::Tensor& data, int64_t bits);
 // use, so that layers that share an input share its copy. Keeps neither alive.
 at::Tensor pack_shared(const at::Tensor& x);
 
+// The rows of n values that `packed` holds, as a contiguous matrix of `dtype`.
+at::Tensor unpack(const at::Tensor& packed, at::ScalarType dtype, int64_t n, int bits);
+
 // ValueError unless `packed` holds as many rows of n values.
 void check_packed(const at::Tensor& packed, int64_t rows, int64_t n, int bits);
 
