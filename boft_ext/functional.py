@@ -133,7 +133,7 @@ def _rotate_rows(weight: Tensor, made: Tensor, b: int, m: int, groups: int, tran
     `made`."""
 
     def rotated(rows: Tensor) -> Tensor:
-        return torch.ops.boft.rotate(rows, made, b, m, transpose, saved_activations() == "compact")
+        return torch.ops.boft.rotate(rows, made, b, m, transpose, saved_activations() != "exact")
 
     out, columns = weight.shape
     if groups == 1:
