@@ -11,17 +11,22 @@ from comparison import HEAD_RATE, VALIDATION, Settings, Task, compare
 from comparison_report import table, write
 from recipe_tools.arguments import Parser, output_folder, rate, whole
 from recipe_tools.report import patch
-from recipe_tools.trainer import quiet
+from recipe_tools.quiet import quiet
 from tuning_methods import METHODS
 
 
 def parse_options(description: str, *, rates: Sequence[float], epochs: int, batch_size: int) -> argparse.Namespace:
     """The options, with the folder for the results made. One line and status 2 for wrong ones."""
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    output = Path(__file__).parent / "results"
-    parser.add_argument("--output-dir", type=Path, default=output, help="for the results (default %(default)s)")
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        default=Path(__file__).parent / "results",
+        help="for the results (default: results beside the script)",
+    )
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="some of the methods, by the start of their names")
-    parser.add_argument("--rates", nargs="+", type=rate, default=rates, help=f"the grid (default {rates})")
+    grid = " ".join(f"{value:g}" for value in rates)
+    parser.add_argument("--rates", nargs="+", type=rate, default=rates, help=f"the grid (default {grid})")
     parser.add_argument("--seeds", type=whole(1, 1000), default=3, help="runs on the test set (default %(default)s)")
     parser.add_argument("--epochs", type=whole(1, 1000), default=epochs, help="default %(default)s")
     parser.add_argument("--batch-size", type=whole(1, 1024), default=batch_size, help="default %(default)s")
