@@ -14,13 +14,14 @@ from mask_loss import mask_loss
 from mask_metrics import boundary_iou, iou, mean
 from recipe_tools import trainer as shared
 from recipe_tools.adapters import boft_config
+from recipe_tools.arguments import fail
 from recipe_tools.models import or_fail
 from recipe_tools.quiet import quiet
 from recipe_tools.report import adapt, patch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
-from transformers import AutoImageProcessor, SamModel, Trainer, set_seed
+from transformers import AutoConfig, AutoImageProcessor, SamConfig, SamModel, Trainer, set_seed
 
 DECODER = "mask_decoder"
 
@@ -93,9 +94,13 @@ def tune(options: argparse.Namespace) -> dict[str, Any]:
     """
     quiet()
     patch()
-    processor = or_fail(f"--model {options.model}", AutoImageProcessor.from_pretrained, options.model)
+    named = f"--model {options.model}"
+    config = or_fail(named, AutoConfig.from_pretrained, options.model)
+    if not isinstance(config, SamConfig):
+        fail(f"{named}: a model of type {config.model_type}, not a SAM")
+    processor = or_fail(named, AutoImageProcessor.from_pretrained, options.model)
     train, test = (Masks(or_fail("--data-dir", _pairs, options, split), processor) for split in ("train", "test"))
-    model = or_fail(f"--model {options.model}", SamModel.from_pretrained, options.model)
+    model = or_fail(named, SamModel.from_pretrained, options.model)
     set_seed(options.seed)
     adapted = _adapted(model, options)
     arguments = shared.training_arguments(
