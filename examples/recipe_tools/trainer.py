@@ -92,6 +92,7 @@ def run(
     measure = measure or (lambda: evaluation(trainer))
     checkpoint = options.checkpoint
     before = measure()
+    _forget_evaluation(trainer)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - started
@@ -124,6 +125,17 @@ def run(
             trainer.processing_class.save_pretrained(options.merged_dir)
             print(f"merged model written to {options.merged_dir}", flush=True)
     return metrics
+
+
+def _forget_evaluation(trainer: Trainer) -> None:
+    """Let training prepare the model anew.
+
+    `Trainer.evaluate` leaves a mark on a model that has not trained yet, with which accelerate does not wrap it for
+    several processes afterwards: each would train on its own share of the data alone.
+    """
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    trainer.accelerator.free_memory()
+    vars(trainer.model).pop("_is_accelerate_prepared", None)
 
 
 def evaluation(trainer: Trainer, **arguments: Any) -> dict[str, float]:

@@ -142,6 +142,14 @@ def test_a_resumed_run_ends_with_the_same_weights(tiny, tuned, tmp_path):
     assert same_weights(tuned[0], tmp_path)
 
 
+def test_two_processes_tune_one_decoder(tiny, tmp_path):
+    done = tune(tiny, tmp_path, "--max-train-steps", 2, "--train-batch-size", 4, processes=2)
+    assert done.stdout.count("boft_ext ") == 1
+    metrics = metrics_of(tmp_path)
+    assert metrics["steps"] == 2 and metrics["after"]["miou"] != metrics["before"]["miou"]
+    assert any(value.any() for name, value in stored(tmp_path).items() if "boft_R" in name)
+
+
 def test_a_memory_limit_encodes_in_every_step(tiny, tuned, tmp_path):
     done = tune(tiny, tmp_path, "--embeddings-memory", 0)
     assert "encoded again in each step" in done.stdout
@@ -152,6 +160,12 @@ def test_a_memory_limit_encodes_in_every_step(tiny, tuned, tmp_path):
 def test_blocks_that_do_not_divide_are_one_line(tiny, tmp_path):
     done = tune(tiny, tmp_path, "--boft-factors", 5, check=False)
     assert_refused(done.returncode, done.stdout, done.stderr, "boft_n_butterfly_factor = 5", 32)
+
+
+def test_a_model_that_is_no_sam_is_one_line(monkeypatch, tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}', encoding="utf-8")
+    arguments = ["--model", tmp_path, "--data-dir", tmp_path, "--output-dir", tmp_path / "out"]
+    refused(monkeypatch, capsys, SCRIPT, arguments, f"--model {tmp_path}", "vit", "not a SAM")
 
 
 @pytest.mark.parametrize(
