@@ -163,8 +163,8 @@ def test_other_families_with_their_text_encoders(tiny, monkeypatch, tmp_path, ca
 
 
 def test_two_processes_end_with_one_adapter(tiny, tmp_path):
-    arguments = command(tiny, tmp_path, *with_class(tmp_path / "class", 3), "--max-train-steps", 2)
-    done = run(SCRIPT, *arguments, processes=2)
+    memory = ("--mixed-precision", "bf16", "--gradient-checkpointing", "--max-train-steps", 2)
+    done = run(SCRIPT, *command(tiny, tmp_path, *with_class(tmp_path / "class", 3), *memory), processes=2)
     assert done.stdout.count("boft_ext ") == 1
     metrics = metrics_of(tmp_path)
     first, second = metrics["trained_sums"]
