@@ -50,13 +50,18 @@ def run(options: argparse.Namespace, make_task: Callable[[], Task]) -> None:
     settings = Settings(options.rates, options.seeds, options.epochs, options.batch_size)
     runs = compare(task, methods, settings)
     notes = [
-        f"{len(task.train.labels)} training and {len(task.test.labels)} test examples, {options.epochs} epochs in "
-        f"batches of {options.batch_size}, AdamW without weight decay, 10 % warm-up, then linear decay to zero.",
+        f"{len(task.train.labels)} training and {len(task.test.labels)} test examples, "
+        f"{_counted(options.epochs, 'epoch')} in batches of {options.batch_size}, AdamW without weight decay, 10 % "
+        "warm-up, then linear decay to zero.",
         f"Rates: for each method the best of {', '.join(f'{value:g}' for value in options.rates)} by the accuracy on "
         f"1/{VALIDATION} of the training examples, in one run on the others; the classifier's is {HEAD_RATE:g} in all "
-        f"methods but the probe. Then {options.seeds} runs on all training examples, with other initial values and "
-        "another order of the batches each; their mean and standard deviation on the test examples.",
+        f"methods but the probe. Then {_counted(options.seeds, 'run')} on all training examples, with other "
+        "initial values and another order of the batches each; their mean and standard deviation on the test examples.",
     ]
     print("\n" + table(runs) + "\n\n" + "\n\n".join(notes))
     write(options.output_dir, task.name, task.title, runs, notes)
     print(f"\n{time.perf_counter() - started:.0f} s; written to {options.output_dir}: {task.name}.csv, .md, .png")
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' if count > 1 else ''}"

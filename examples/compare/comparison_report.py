@@ -38,7 +38,8 @@ def table(runs: Sequence[Run]) -> str:
         found = max(run.accuracy for run in runs if run.method == method and run.split == "validation")
         first = tested[0]
         lines.append(
-            f"| {method} | {first.parameters:,} | {first.rate:g} | {found:.3f} | {mean:.3f} ± {deviation:.3f} |"
+            f"| {method} | {first.parameters:,} | {first.rate:g} | {found:.3f} | "
+            + (f"{mean:.3f} ± {deviation:.3f} |" if len(tested) > 1 else f"{mean:.3f} |")
         )
     return "\n".join(lines)
 
