@@ -103,6 +103,9 @@ def _adapted(options: argparse.Namespace, number: int, classes: list[str]) -> nn
         dtype=torch.bfloat16 if options.mixed_precision == "bf16" else torch.float32,
         **(named if classes else {}),
     )
+    # Their losses are means over their own batch, which Trainer would take for shares of one over all batches of a step,
+    # those of other processes included, and multiply.
+    model.accepts_loss_kwargs = False
     config = boft_config(
         options,
         block_linears(model),
