@@ -77,8 +77,8 @@ def peak_bytes(step: Step, alive: Iterable[Tensor]) -> int:
     """Peak bytes of live tensors while `step` runs, those in `alive` included.
 
     On a CUDA device, where `alive` must then be: what torch's allocator counts. On the CPU torch's profiler reports
-    every allocation and release of torch's CPU allocator, also of temporaries inside an operator, which Python's hooks on
-    autograd and dispatch do not see; a resident-set size would add the interpreter, unused pages and whatever ran
+    every allocation and release of torch's CPU allocator, also of temporaries inside an operator, which Python's hooks
+    on autograd and dispatch do not see; a resident-set size would add the interpreter, unused pages and whatever ran
     before. Releases of memory from before the profile are not reported, so `step` must not free any of `alive`: leave
     no gradients behind before the call.
 

@@ -36,8 +36,10 @@ def table(runs: Sequence[Run]) -> str:
     for method, tested in _test_runs(runs).items():
         mean, deviation = _mean_and_deviation(tested)
         found = max(run.accuracy for run in runs if run.method == method and run.split == "validation")
+        first = tested[0]
         lines.append(
-            f"| {method} | {tested[0].parameters:,} | {tested[0].rate:g} | {found:.3f} | {mean:.3f} ± {deviation:.3f} |"
+            f"| {method} | {first.parameters:,} | {first.rate:g} | {found:.3f} | "
+            + (f"{mean:.3f} ± {deviation:.3f} |" if len(tested) > 1 else f"{mean:.3f} |")
         )
     return "\n".join(lines)
 

@@ -39,7 +39,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=Path("runs/controlnet"),
         help="folder of make_tiny_model.py, which is run if it is not there (default %(default)s)",
     )
-    parser.add_argument("--output-dir", type=Path, default=here / "results", help="(default: results beside the script)")
+    parser.add_argument(
+        "--output-dir", type=Path, default=here / "results", help="(default: results beside the script)"
+    )
     parser.add_argument("--factors", type=whole(1, 4), nargs="+", default=[1, 2, 3, 4], help="(default: 1 2 3 4)")
     parser.add_argument("--seeds", type=whole(1, 100), default=3, help="runs for each m (default %(default)s)")
     parser.add_argument("--steps", type=whole(1, 10**6), default=200, help="per run (default %(default)s)")
@@ -97,7 +99,8 @@ def write_results(folder: Path, rows: Sequence[dict[str, float]], steps: int) ->
     table += [f"| {m} | {count:,} | {spread(e)} | {spread(loss)} |" for m, count, e, loss in summary(rows)]
     before = statistics.mean(row["control_error_before"] for row in rows)
     seeds = len({row["seed"] for row in rows})
-    table += ["", f"Mean ± standard deviation over {seeds} seeds, {steps} steps each. Control error untrained: {before:.4f}."]
+    table += ["", f"Mean ± standard deviation over {seeds} seeds, {steps} steps each."]
+    table[-1] += f" Control error untrained: {before:.4f}."
     text = "\n".join(table) + "\n"
     (folder / "factors.md").write_text(text, encoding="utf-8")
     _plot(folder / "factors.png", summary(rows))

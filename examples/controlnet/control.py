@@ -54,12 +54,11 @@ class Control(nn.Module, ABC):
         self.unet = unet
 
     def load_adapter(self, folder: Path, merge: bool) -> None:
-        """Load the adapter that `save` wrote, with `merge` into the UNet's weights. One line and status 2 if that fails."""
-        self.unet = load_adapter(self.unet, folder / ADAPTER_FOLDER, merge)
+        """Load the adapter that `save` wrote, with `merge` into the UNet's weights.
 
-    def trainable(self) -> list[nn.Parameter]:
-        """Every parameter that trains: the adapter's and the control's."""
-        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+        One line and status 2 if that fails.
+        """
+        self.unet = load_adapter(self.unet, folder / ADAPTER_FOLDER, merge)
 
     def save(self, folder: Path, base: str) -> None:
         """Write the adapter in PEFT's format into ``folder/unet`` and the control beside it. `base`: the base model."""

@@ -9,11 +9,12 @@ import torch
 from control import Control, Frozen
 from control_data import condition_tensor, fitted
 from control_drawing import draw
-from control_models import noisy_latents, tokens_of
+from control_models import tokens_of
 from control_rows import Row
 from PIL import Image
 from recipe_tools.drawn_shapes import control_error
 from recipe_tools.images import to_batch
+from recipe_tools.pipelines import noisy_latents
 from torch import Tensor
 from torch.nn import functional
 
@@ -51,7 +52,7 @@ class HeldOut:
             latents = latents.expand(TIMES, -1, -1, -1)
             noise = torch.randn(latents.shape, generator=generator).to(device)
             states = frozen.text_encoder(tokens_of(frozen, [text]).to(device))[0]
-            noisy, target = noisy_latents(frozen, latents, noise, times)
+            noisy, target = noisy_latents(frozen.noise_scheduler, latents, noise, times)
             conditions = condition_tensor(condition).to(device)[None].expand(TIMES, -1, -1, -1)
             batches.append((noisy, times, states.expand(TIMES, -1, -1), conditions, target))
         return batches

@@ -4,25 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from control_rows import read_rows
-from recipe_tools.arguments import (
-    Parser,
-    add_boft_options,
-    add_checkpoint_options,
-    chosen_blocks,
-    number,
-    output_folder,
-    whole,
-)
-from recipe_tools.diffusion_options import (
-    MANY,
-    add_drawing_options,
-    add_pipeline_options,
-    add_training_options,
-    add_worker_option,
-)
+from recipe_tools.arguments import Parser, add_boft_options, existing_folder, number, whole
+from recipe_tools.diffusion_options import MANY, add_drawing_options, add_pipeline_options, add_training_options
+from recipe_tools.diffusion_options import parse as parse_training
 
 HINT_CHANNELS = (16, 32, 96, 256)
 INFERENCE_STEPS = 20
@@ -34,10 +20,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options of `argv`, with `boft_blocks`, the pair ``(boft_block_size, boft_block_num)``, and `rows`, the data.
-
-    Bad ones end the program in one line and status 2. The output folder exists afterwards.
-    """
+    """The options of `argv`, as of `recipe_tools.diffusion_options.parse`, with `rows`, the data."""
     parser = Parser(
         prog="train_controlnet_boft.py",
         description="ControlNet with BOFT: teach a text-to-image model to follow a second picture.",
@@ -59,17 +42,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     _add_data_options(parser)
     add_boft_options(parser, block_num=32, factors=2, dropout=0.1, bias="boft_only")
-    _add_training_options(parser)
-    add_checkpoint_options(parser, every=500)
+    training = add_training_options(parser, 16, "pairs", 1e-5, None)
+    training.add_argument(
+        "--num-train-epochs", type=whole(1, 10**6), default=20, help="passes over the data (default %(default)s)"
+    )
     _add_validation_options(parser)
-    options = parser.parse_args(argv)
-    options.boft_blocks = chosen_blocks(parser, options)
+    options = parse_training(parser, argv)
     options.rows = read_rows(
         options.train_data_dir, options.image_column, options.conditioning_image_column, options.caption_column
     )
     if len(options.rows) <= options.held_out:
         parser.error(f"--held-out {options.held_out} of {len(options.rows)} rows leaves none to train on")
-    output_folder(parser, options.output_dir)
     return options
 
 
@@ -77,7 +60,7 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument(
         "--train-data-dir",
-        type=Path,
+        type=existing_folder,
         required=True,
         metavar="DIR",
         help="folder with metadata.jsonl, one object a line whose columns name the pictures and hold the text",
@@ -91,16 +74,6 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="share of the texts that training leaves out (default %(default)g)",
     )
-    add_worker_option(group)
-
-
-def _add_training_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("training")
-    add_training_options(group, 16, "pairs", 1e-5)
-    group.add_argument(
-        "--num-train-epochs", type=whole(1, 10**6), default=20, help="passes over the data (default %(default)s)"
-    )
-    group.add_argument("--max-train-steps", type=whole(1, MANY), help="updates of the weights, instead of epochs")
 
 
 def _add_validation_options(parser: argparse.ArgumentParser) -> None:

@@ -103,7 +103,7 @@ def main() -> None:
         module = control(way, blocks, factors)
         report = boft_ext.parameter_report(module)
         effective = sum(total.effective for total in report.totals.values())
-        stored = sum(parameter.numel() for parameter in module.trainable())
+        stored = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
         saved, flop = step(module)
         row = f"{way:7} {blocks:3} {factors:3}   {effective:14,}   {stored:14,}   {saved / 2**20:21,.0f}   {flop:.3g}"
         print(row, flush=True)

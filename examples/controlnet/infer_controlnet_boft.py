@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from control_options import INFERENCE_STEPS, add_model_options
-from recipe_tools.arguments import Parser, output_folder
+from recipe_tools.arguments import Parser, existing_file, existing_folder, output_folder
 from recipe_tools.diffusion_options import add_drawing_options
 
 
@@ -22,10 +22,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="infer_controlnet_boft.py", description=__doc__.splitlines()[0])
     add_model_options(parser)
     parser.add_argument(
-        "--control-dir", type=Path, required=True, metavar="DIR", help="output folder of train_controlnet_boft.py"
+        "--control-dir",
+        type=existing_folder,
+        required=True,
+        metavar="DIR",
+        help="output folder of train_controlnet_boft.py",
     )
     parser.add_argument(
-        "--conditioning-image", type=Path, nargs="+", required=True, metavar="FILE", help="pictures to follow"
+        "--conditioning-image", type=existing_file, nargs="+", required=True, metavar="FILE", help="pictures to follow"
     )
     parser.add_argument(
         "--prompt", nargs="+", required=True, metavar="TEXT", help="one text for all of them, or one for each"
@@ -42,9 +46,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if len(options.prompt) != len(options.conditioning_image):
         texts, files = len(options.prompt), len(options.conditioning_image)
         parser.error(f"--prompt has {texts} texts, --conditioning-image {files} files: give one, or one for each file")
-    for path in (*options.conditioning_image, options.control_dir):
-        if not path.exists():
-            parser.error(f"there is no {path}")
     output_folder(parser, options.output_dir)
     return options
 
@@ -52,11 +53,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw as the command line says."""
     options = parse(argv)
-    # Takes seconds to import: wrong arguments are reported before.
+    # These take seconds to import: wrong arguments are reported before.
+    from recipe_tools.quiet import quiet
+
+    quiet()
     import torch
     from control import load_control
     from control_drawing import draw, save_beside_conditions
-    from control_models import DTYPES, load_frozen
+    from control_models import load_frozen
+    from recipe_tools.accelerate_loop import DTYPES
     from recipe_tools.images import fit, load_image
     from recipe_tools.models import or_fail
     from recipe_tools.report import first_line, patch

@@ -17,7 +17,10 @@ from control_options import parse
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says; the output folder then has everything."""
     options = parse(argv)
-    # Takes seconds to import: wrong arguments are reported before.
+    # These take seconds to import: wrong arguments are reported before.
+    from recipe_tools.quiet import quiet
+
+    quiet()
     from control_loop import train
 
     train(options)

@@ -6,24 +6,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from recipe_tools.arguments import (
-    Parser,
-    add_boft_options,
-    add_checkpoint_options,
-    chosen_blocks,
-    number,
-    output_folder,
-    whole,
-)
-from recipe_tools.diffusion_options import (
-    MANY,
-    add_drawing_options,
-    add_pipeline_options,
-    add_training_options,
-    add_worker_option,
-)
-
-INFERENCE_STEPS = 25
+from recipe_tools.arguments import Parser, add_boft_options, existing_folder, number, whole
+from recipe_tools.diffusion_options import MANY, add_drawing_options, add_pipeline_options, add_training_options
+from recipe_tools.diffusion_options import parse as parse_training
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -37,11 +22,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options of `argv`, with `boft_blocks`, the pair ``(boft_block_size, boft_block_num)``.
+def add_dreambooth_drawing_options(parser: argparse.ArgumentParser) -> None:
+    """Add how pictures are drawn, in validations and afterwards."""
+    add_drawing_options(parser, 25, "; for FLUX.1-dev 3.5")
 
-    Bad ones end the program in one line and status 2. The output folder exists afterwards.
-    """
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options of `argv`, as of `recipe_tools.diffusion_options.parse`."""
     parser = Parser(
         prog="train_dreambooth_boft.py",
         description="DreamBooth with BOFT: teach a text-to-image model one subject from a few pictures.",
@@ -53,18 +40,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--target-modules", nargs="+", metavar="NAME", help="layers that BOFT adapts (default: query, key and value)"
     )
     parser.add_argument("--train-text-encoder", action="store_true", help="adapt q, k, v of the CLIP encoders too")
-    _add_training_options(parser)
-    add_checkpoint_options(parser, every=500)
+    add_training_options(parser, 4, "pictures of the subject", 3e-5, 2000)
     _add_validation_options(parser)
-    options = parser.parse_args(argv)
-    _check(parser, options)
+    options = parse_training(parser, argv)
+    _check_class(parser, options)
     return options
 
 
 def _add_data_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("pictures")
     group.add_argument(
-        "--instance-data-dir", type=Path, required=True, metavar="DIR", help="folder with pictures of the subject"
+        "--instance-data-dir",
+        type=existing_folder,
+        required=True,
+        metavar="DIR",
+        help="folder with pictures of the subject",
     )
     group.add_argument(
         "--instance-prompt", required=True, metavar="TEXT", help="their text, such as 'a photo of sks dog'"
@@ -82,15 +72,6 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--center-crop", action="store_true", help="crop the middle, not a random part")
     group.add_argument("--random-flip", action="store_true", help="mirror half of the pictures")
-    add_worker_option(group)
-
-
-def _add_training_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("training")
-    add_training_options(group, 4, "pictures of the subject", 3e-5)
-    group.add_argument(
-        "--max-train-steps", type=whole(1, MANY), default=2000, help="updates of the weights (default %(default)s)"
-    )
 
 
 def _add_validation_options(parser: argparse.ArgumentParser) -> None:
@@ -102,16 +83,12 @@ def _add_validation_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--validation-steps", type=whole(1, MANY), default=500, help="steps between them (default %(default)s)"
     )
-    add_drawing_options(group, INFERENCE_STEPS)
+    add_dreambooth_drawing_options(group)
 
 
-def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    options.boft_blocks = chosen_blocks(parser, options)
-    if not options.instance_data_dir.is_dir():
-        parser.error(f"--instance-data-dir {options.instance_data_dir} is not a folder")
+def _check_class(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     given = [name for name in ("class_data_dir", "class_prompt") if getattr(options, name)]
     if options.with_prior_preservation and len(given) < 2:
         parser.error("--with-prior-preservation needs both --class-data-dir and --class-prompt")
     if given and not options.with_prior_preservation:
         parser.error(f"--{given[0].replace('_', '-')} is used only with --with-prior-preservation")
-    output_folder(parser, options.output_dir)

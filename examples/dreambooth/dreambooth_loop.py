@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import ProjectConfiguration, set_seed
-from diffusers.optimization import get_scheduler
+from accelerate import DistributedDataParallelKwargs
 from diffusers.training_utils import cast_training_params
 from families import Family, Texts, load_family
-from peft import BOFTConfig
 from PIL import Image
 from pictures import Pictures, load_pictures, sample, stack
-from recipe_tools import checkpoints
-from recipe_tools.adapters import save_adapter
-from recipe_tools.arguments import fail
+from recipe_tools.accelerate_loop import DTYPES, Outcome, Training, start
+from recipe_tools.adapters import boft_config, save_adapter
 from recipe_tools.images import fit, image_files, load_image, save_grid
-from recipe_tools.report import adapt, first_line, patch
+from recipe_tools.report import adapt
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # The fixed noise and times of the losses before and after: so many times for each of so many pictures.
 _MEASURED_PICTURES, _MEASURED_TIMES = 8, 16
 
@@ -51,25 +44,15 @@ class Denoising(nn.Module):
 
 
 class Run:
-    """One training run: the model, what measures and draws it, and the loop."""
+    """One training run: the model, its losses, and what measures and draws it."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.instance = load_pictures(options.instance_data_dir, "--instance-data-dir")
-        self.accelerator = Accelerator(
-            mixed_precision=options.mixed_precision,
-            gradient_accumulation_steps=options.gradient_accumulation_steps,
-            log_with="tensorboard",
-            project_config=ProjectConfiguration(
-                project_dir=str(options.output_dir), logging_dir=str(options.output_dir / "logs")
-            ),
-            # SDXL takes the last but one layer of its first text encoder, whose last layer gets no gradient.
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=options.train_text_encoder)],
-        )
-        self.checkpoint = checkpoints.find_checkpoint(options.output_dir, options.resume_from_checkpoint)
-        set_seed(options.seed)
-        patch()
-        self.family = load_family(options, _DTYPES[self.accelerator.mixed_precision])
+        # SDXL takes the last but one layer of its first text encoder, whose last layer gets no gradient.
+        unused = DistributedDataParallelKwargs(find_unused_parameters=options.train_text_encoder)
+        self.accelerator = start(options, unused)
+        self.family = load_family(options, DTYPES[self.accelerator.mixed_precision])
         self.family.pipeline.to(self.accelerator.device)
         self.prompts = [options.instance_prompt]
         self.classes: list[Path] = []
@@ -78,6 +61,8 @@ class Run:
             self.classes = self._class_pictures()
         self.drawn_text, self.no_text = self._validation_texts()
         self.model = self._adapted_model()
+        self.training = Training(self.accelerator, self.model, options, options.max_train_steps)
+        # Of the grid: what was drawn when.
         self.rows: list[tuple[str, list[Image.Image]]] = []
 
     def _class_pictures(self) -> list[Path]:
@@ -113,17 +98,9 @@ class Run:
         adapted = {family.denoiser_name: options.target_modules or family.targets}
         if options.train_text_encoder:
             adapted |= dict.fromkeys(family.text_encoder_names, family.text_targets)
-        size, count = options.boft_blocks
         modules = {name: getattr(family.pipeline, name) for name in adapted}
         for name, targets in adapted.items():
-            config = BOFTConfig(
-                boft_block_size=size,
-                boft_block_num=count,
-                boft_n_butterfly_factor=options.boft_factors,
-                boft_dropout=options.boft_dropout,
-                bias=options.boft_bias,
-                target_modules=list(targets),
-            )
+            config = boft_config(options, targets)
             adapt(lambda module=modules[name], config=config: module.add_adapter(config))
             cast_training_params(modules[name], torch.float32)
             if options.gradient_checkpointing and name == family.denoiser_name:
@@ -141,88 +118,13 @@ class Run:
 
     def train(self) -> None:
         """Train, and leave the adapter, the metrics and the pictures in the output folder."""
-        options, accelerator = self.options, self.accelerator
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        accelerator.print(first_line(self.model))
-        losses = {"before": self.measured()}
-        self.validate("before")
-        optimizer = torch.optim.AdamW(
-            parameters, lr=options.learning_rate, weight_decay=options.adam_weight_decay, eps=options.adam_epsilon
-        )
-        processes = accelerator.num_processes  # a prepared schedule takes as many steps at a time
-        schedule = get_scheduler(
-            options.lr_scheduler,
-            optimizer,
-            num_warmup_steps=options.lr_warmup_steps * processes,
-            num_training_steps=options.max_train_steps * processes,
-        )
-        model, optimizer, schedule = accelerator.prepare(self.model, optimizer, schedule)
-        checkpoints.keep_only_what_trains(accelerator)
-        accelerator.init_trackers(
-            "dreambooth", config={name: str(value) for name, value in sorted(vars(options).items())}
-        )
-        set_seed(options.seed, device_specific=True)
-        first_step = checkpoints.resume(accelerator, self.checkpoint)
-        if first_step > options.max_train_steps:
-            fail(f"--max-train-steps {options.max_train_steps}: the checkpoint is of step {first_step}")
-        seconds = self._loop(model, parameters, optimizer, schedule, first_step)
-        losses["after"] = self.measured()
-        self.validate("after")
-        self._write(losses, seconds)
-        accelerator.end_training()
+        samples = Pictures(self.instance, self.classes, self.options)
+        outcome = self.training.run("dreambooth", vars(self.options), samples, self._losses, self._measure)
+        if self.accelerator.is_main_process:
+            self._write(outcome)
 
-    def _loop(self, model, parameters, optimizer, schedule, first_step: int) -> float | None:
-        """Train from `first_step` on. Returns the median seconds of a step, None if there was none."""
-        options, accelerator = self.options, self.accelerator
-        dataset = Pictures(self.instance, self.classes, options)
-        batches = checkpoints.micro_batches(
-            accelerator, len(dataset), options.train_batch_size, options.seed, first_step, options.max_train_steps
-        )
-        # A loader draws from the default generator where it is given none, and then a resumed run would differ.
-        loader = DataLoader(
-            dataset,
-            batch_sampler=batches,
-            num_workers=options.dataloader_num_workers,
-            generator=torch.Generator(),
-        )
-        bar = tqdm(
-            total=options.max_train_steps,
-            initial=first_step,
-            desc="steps",
-            disable=not accelerator.is_local_main_process,
-        )
-        step, seconds, start = first_step, [], time.perf_counter()
-        model.train()
-        for batch in loader:
-            with accelerator.accumulate(model):
-                losses = self._batch_losses(model, batch)
-                loss = losses[0] + options.prior_loss_weight * losses[1:].sum()
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(parameters, options.max_grad_norm)
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-            if not accelerator.sync_gradients:
-                continue
-            step += 1
-            names = ("loss/instance", "loss/class")
-            logs = dict(zip(names, losses.tolist(), strict=False)) | {"lr": schedule.get_last_lr()[0]}
-            accelerator.log(logs, step=step)
-            bar.set_postfix(loss=f"{loss.item():.4f}")
-            bar.update()
-            seconds.append(time.perf_counter() - start)
-            if step % options.checkpointing_steps == 0:
-                checkpoints.save_checkpoint(accelerator, options.output_dir, step, options.checkpoints_total_limit)
-            if step % options.validation_steps == 0 and step < options.max_train_steps:
-                self.validate(f"step {step}")
-                model.train()
-            start = time.perf_counter()
-        bar.close()
-        return sorted(seconds)[len(seconds) // 2] if seconds else None
-
-    def _batch_losses(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """Mean losses of the subject and, if there are any, of the class pictures: (kinds,)."""
+    def _losses(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        """The mean loss of the subject and, if there are any, of the class pictures, by its weight."""
         device = self.accelerator.device
         count, kinds = batch["pixels"].shape[:2]
         latents = self.family.encode_pictures(batch["pixels"].flatten(0, 1).to(device))
@@ -233,17 +135,23 @@ class Run:
             torch.arange(kinds, device=device).repeat(count),
             batch["sizes"].flatten(0, 1).to(device),
         )
-        return losses.view(count, kinds).mean(dim=0)
+        losses = losses.view(count, kinds).mean(dim=0)
+        logs = dict(zip(("loss/instance", "loss/class"), losses.tolist(), strict=False))
+        return losses[0] + self.options.prior_loss_weight * losses[1:].sum(), logs
 
-    @torch.no_grad()
-    def measured(self) -> dict[str, float]:
+    def _measure(self, step: int) -> dict[str, float]:
+        """Losses before and after the training, and each time a drawing of the validation prompt."""
+        when = {0: "before", self.training.steps: "after"}.get(step, f"step {step}")
+        self.model.eval()
+        found = {} if when.startswith("step") else self._fixed_losses()
+        self._draw(when)
+        return found
+
+    def _fixed_losses(self) -> dict[str, float]:
         """Mean denoising losses of the subject and of the class, at fixed noise and times, without dropout."""
         kinds = {"instance": self.instance[:_MEASURED_PICTURES]}
         if self.classes:
             kinds["class"] = [load_image(path) for path in self.classes[:_MEASURED_PICTURES]]
-        if not self.accelerator.is_main_process:
-            return {}
-        self.model.eval()
         device = self.accelerator.device
         found = {}
         for chosen, (kind, images) in enumerate(kinds.items()):
@@ -251,9 +159,8 @@ class Run:
             total = 0.0
             for image in images:
                 pair = stack([sample(image, self.options.resolution)])
-                with torch.random.fork_rng():
-                    torch.manual_seed(self.options.seed)
-                    latents = self.family.encode_pictures(pair["pixels"].to(device))
+                torch.manual_seed(self.options.seed)
+                latents = self.family.encode_pictures(pair["pixels"].to(device))
                 for index in range(_MEASURED_TIMES):
                     noise = torch.randn(latents.shape, generator=generator).to(device)
                     uniform = torch.tensor([(index + 0.5) / _MEASURED_TIMES], device=device)
@@ -265,13 +172,11 @@ class Run:
             found[kind] = total / (_MEASURED_TIMES * len(images))
         return found
 
-    @torch.no_grad()
-    def validate(self, when: str) -> None:
-        """Draw the validation prompt and write ``validation/WHEN.png``; the main process does it."""
+    def _draw(self, when: str) -> None:
+        """Draw the validation prompt, if there is one, and write ``validation/WHEN.png``."""
         options = self.options
-        if options.validation_prompt is None or not self.accelerator.is_main_process:
+        if options.validation_prompt is None:
             return
-        self.model.eval()
         seeds = range(options.seed, options.seed + options.num_validation_images)
         with self.accelerator.autocast():
             text = self.drawn_text or self.family.encode_texts([options.validation_prompt])
@@ -280,29 +185,16 @@ class Run:
         self.rows.append((f"{when}: {options.validation_prompt}", images))
         save_grid(options.output_dir / "validation" / f"{when.replace(' ', '-')}.png", self.rows[-1:])
 
-    def _write(self, losses: dict[str, dict[str, float]], seconds: float | None) -> None:
-        options, accelerator = self.options, self.accelerator
-        values = torch.cat([p.detach().double().flatten() for p in self.model.parameters() if p.requires_grad])
-        sums = accelerator.gather(torch.stack([values.sum(), values.square().sum()])[None]).tolist()
-        if not accelerator.is_main_process:
-            return
+    def _write(self, outcome: Outcome) -> None:
+        options = self.options
         for name, module in self.adapted.items():
             save_adapter(module, options.output_dir / name, options.pretrained_model_name_or_path)
         if self.rows:
             shown = [fit([image], options.resolution)[0][0] for image in self.instance[: len(self.rows[0][1])]]
             save_grid(options.output_dir / "validation.png", [(options.instance_prompt, shown), *self.rows])
-        metrics = {
-            "denoising_loss": {
-                kind: {when: losses[when][kind] for when in ("before", "after")} for kind in losses["before"]
-            },
-            "steps": options.max_train_steps,
-            "median_step_seconds": seconds,
-            "processes": accelerator.num_processes,
-            # Of every process: sum and sum of squares of what it trained. They are equal.
-            "trained_sums": sums,
-        }
+        metrics = {"denoising_loss": outcome.measured, **outcome.facts}
         (options.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-        for kind, loss in metrics["denoising_loss"].items():
+        for kind, loss in outcome.measured.items():
             print(f"denoising loss, {kind}: {loss['before']:.4f} before, {loss['after']:.4f} after")
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
-from recipe_tools.arguments import fail
+from recipe_tools.pipelines import load_pipeline, noise_scheduler, noisy_latents
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -33,8 +32,6 @@ class Family(ABC):
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
-        if pipeline.vae.dtype != torch.float32:
-            pipeline.vae.to(torch.float32)  # in 16 bits the one of SDXL overflows; it is small
         pipeline.set_progress_bar_config(disable=True)
 
     @property
@@ -106,9 +103,7 @@ class StableDiffusion(Family):
 
     def __init__(self, pipeline: DiffusionPipeline, options: argparse.Namespace) -> None:
         super().__init__(pipeline, options)
-        self.noising = DDPMScheduler.from_config(pipeline.scheduler.config)
-        if self.noising.config.prediction_type not in ("epsilon", "v_prediction"):
-            fail(f"the model predicts {self.noising.config.prediction_type!r}, not the noise or the velocity")
+        self.noising = noise_scheduler(pipeline)
 
     def encode_texts(self, prompts: list[str]) -> Texts:
         embeddings, _ = self.pipeline.encode_prompt(prompts, self.denoiser.device, 1, False)
@@ -116,13 +111,11 @@ class StableDiffusion(Family):
 
     def losses(self, latents: Tensor, noise: Tensor, uniform: Tensor, texts: Texts, sizes: Tensor) -> Tensor:
         times = (uniform * self.noising.config.num_train_timesteps).long()
-        noisy = self.noising.add_noise(latents, noise, times)
+        noisy, target = noisy_latents(self.noising, latents, noise, times)
         dtype = self.denoiser.dtype
         predicted = self.denoiser(
             noisy.to(dtype), times, texts["prompt_embeds"].to(dtype), added_cond_kwargs=self._conditions(texts, sizes)
         ).sample
-        velocity = self.noising.config.prediction_type == "v_prediction"
-        target = self.noising.get_velocity(latents, noise, times) if velocity else noise
         return _squared_errors(predicted, target)
 
     def _conditions(self, texts: Texts, sizes: Tensor) -> dict[str, Tensor] | None:
@@ -198,20 +191,9 @@ _FAMILIES = {
 
 def load_family(options: argparse.Namespace, dtype: torch.dtype) -> Family:
     """The model of `command_line.add_model_options`, frozen. One line and status 2 if it cannot be loaded."""
-    name = options.pretrained_model_name_or_path
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            name, revision=options.revision, variant=options.variant, dtype=dtype
-        )
-    except (OSError, ValueError) as error:
-        where = "no such folder, and on the hub: " if not Path(name).is_dir() else ""
-        reason = " ".join(str(error).split())[:300]
-        fail(f"--pretrained-model-name-or-path {name} cannot be loaded: {where}{reason}")
-    family = _FAMILIES.get(type(pipeline).__name__)
-    if family is None:
-        known = ", ".join(_FAMILIES)
-        fail(f"--pretrained-model-name-or-path {name} holds a {type(pipeline).__name__}, not one of {known}")
-    return family(pipeline, options)
+    # In 16 bits the autoencoder of SDXL overflows; it is small.
+    pipeline = load_pipeline(options, {"default": dtype, "vae": torch.float32}, *_FAMILIES)
+    return _FAMILIES[type(pipeline).__name__](pipeline, options)
 
 
 def _squared_errors(predicted: Tensor, target: Tensor) -> Tensor:

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from command_line import INFERENCE_STEPS, add_model_options
+from command_line import add_dreambooth_drawing_options, add_model_options
 from recipe_tools.arguments import Parser, output_folder, whole
-from recipe_tools.diffusion_options import add_drawing_options
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 
@@ -29,10 +28,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-images", type=whole(1, 1000), default=4, help="how many (default %(default)s)")
     parser.add_argument("--merge", action="store_true", help="put the adapters into the weights: plain layers")
     parser.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the weights (%(default)s)"
+        "--mixed-precision", choices=("no", "fp16", "bf16"), default="no", help="as in training (default %(default)s)"
     )
     parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="where the pictures go")
-    add_drawing_options(parser, INFERENCE_STEPS)
+    add_dreambooth_drawing_options(parser)
     options = parser.parse_args(argv)
     options.found = [name for name in COMPONENTS if (options.adapter_dir / name / "adapter_config.json").is_file()]
     if not options.found:
@@ -45,15 +44,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Draw as the command line says."""
     options = parse(argv)
     # These take seconds to import: wrong arguments are reported before.
+    from recipe_tools.quiet import quiet
+
+    quiet()
     import torch
     from families import load_family
+    from recipe_tools.accelerate_loop import DTYPES
     from recipe_tools.adapters import load_adapter
     from recipe_tools.arguments import fail
     from recipe_tools.images import save_grid
     from recipe_tools.report import patch
 
     patch()
-    family = load_family(options, getattr(torch, options.dtype))
+    dtype = DTYPES[options.mixed_precision]
+    family = load_family(options, dtype)
     pipeline = family.pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     for name in options.found:
         component = getattr(pipeline, name, None)
@@ -62,9 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         adapted = load_adapter(component, options.adapter_dir / name, options.merge)
         setattr(pipeline, name, adapted.eval())
     seeds = range(options.seed, options.seed + options.num_images)
-    device, dtype = family.denoiser.device.type, getattr(torch, options.dtype)
     # Of an adapter in place the weights are float32 whatever the others are.
-    with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
+    with torch.no_grad(), torch.autocast(pipeline.device.type, dtype, enabled=dtype != torch.float32):
         text, negative = family.encode_texts([options.prompt]), family.encode_texts([""])
         images = family.draw(text, negative, seeds, options)
     for index, image in enumerate(images):

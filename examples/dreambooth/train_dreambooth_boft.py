@@ -17,7 +17,10 @@ from command_line import parse
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says; the output folder then has everything."""
     options = parse(argv)
-    # Takes seconds to import: wrong arguments are reported before.
+    # These take seconds to import: wrong arguments are reported before.
+    from recipe_tools.quiet import quiet
+
+    quiet()
     from dreambooth_loop import train
 
     train(options)

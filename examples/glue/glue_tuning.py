@@ -10,8 +10,10 @@ import peft
 import torch
 from glue_tasks import TASKS, Rows, evaluate, file_splits, hub_splits
 from recipe_tools import trainer
+from recipe_tools.adapters import boft_config
 from recipe_tools.arguments import fail
 from recipe_tools.models import block_linears, or_fail
+from recipe_tools.quiet import quiet
 from recipe_tools.report import adapt, patch
 from torch import nn
 from torch.utils.data import Dataset
@@ -44,7 +46,7 @@ def tune(options: argparse.Namespace) -> dict[str, Any]:
 
     One line and status 2 for a model or data that cannot be read, and for blocks that do not fit.
     """
-    trainer.quiet()
+    quiet()
     patch()
     task = TASKS[options.task]
     classes: list[str] = []
@@ -101,15 +103,13 @@ def _adapted(options: argparse.Namespace, number: int, classes: list[str]) -> nn
         dtype=torch.bfloat16 if options.mixed_precision == "bf16" else torch.float32,
         **(named if classes else {}),
     )
-    size, count = options.boft_blocks
-    config = peft.BOFTConfig(
+    # Their losses are means over their own batch, which Trainer would take for shares of one over all batches of a step,
+    # those of other processes included, and multiply.
+    model.accepts_loss_kwargs = False
+    config = boft_config(
+        options,
+        block_linears(model),
         task_type="SEQ_CLS",  # with which PEFT trains the classifier, too
-        boft_block_size=size,
-        boft_block_num=count,
-        boft_n_butterfly_factor=options.boft_factors,
-        boft_dropout=options.boft_dropout,
-        bias=options.boft_bias,
-        target_modules=block_linears(model),
         modules_to_save=sorted({key.rpartition(".")[0] for key in info["missing_keys"]}),
     )
     return adapt(lambda: peft.get_peft_model(model, config))

@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from recipe_tools.arguments import Parser, fail, output_folder, whole  # noqa: E402
-from recipe_tools.trainer import quiet  # noqa: E402
+from recipe_tools.quiet import quiet  # noqa: E402
 from text_data import Example, load_corpus  # noqa: E402
 from text_model import LAYERS, encoder_path  # noqa: E402
 from transformers import AutoModel, AutoTokenizer  # noqa: E402

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from recipe_tools.arguments import Parser, number, output_folder, whole
+from recipe_tools.arguments import Parser, existing_file, existing_folder, number, output_folder, whole
 
 TOLERANCE = 1e-4
 
@@ -43,17 +43,26 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     inputs.add_argument("--prompt", nargs="+", metavar="TEXT", help="a diffusion pipeline draws an image for each")
     inputs.add_argument("--text", metavar="TEXT", help="for a transformers model and its tokenizer")
-    inputs.add_argument("--inputs", type=Path, metavar="FILE", help="safetensors file of a model's inputs by name")
+    inputs.add_argument(
+        "--inputs", type=existing_file, metavar="FILE", help="safetensors file of a model's inputs by name"
+    )
     drawing = parser.add_argument_group("images")
     drawing.add_argument("--resolution", type=whole(8, 8192), default=512, help="pixels a side (default %(default)s)")
     drawing.add_argument("--inference-steps", type=whole(1, 10**4), default=25, help="(default %(default)s)")
     drawing.add_argument("--guidance-scale", type=number(0, 100), default=7.5, help="(default %(default)s)")
     drawing.add_argument("--seed", type=whole(0, 2**31), default=0, help="of the first image (default %(default)s)")
     drawing.add_argument(
-        "--control-dir", type=Path, metavar="DIR", help="output of the ControlNet recipe, instead of --adapter"
+        "--control-dir",
+        type=existing_folder,
+        metavar="DIR",
+        help="output folder of the ControlNet recipe, instead of --adapter",
     )
     drawing.add_argument(
-        "--conditioning-image", type=Path, nargs="+", metavar="FILE", help="for --control-dir, one for each prompt"
+        "--conditioning-image",
+        type=existing_file,
+        nargs="+",
+        metavar="FILE",
+        help="for --control-dir, one for each prompt",
     )
     options = parser.parse_args(argv)
     _check(parser, options)
@@ -64,22 +73,22 @@ def _check(parser: Parser, options: argparse.Namespace) -> None:
     if (options.adapter is None) == (options.control_dir is None):
         parser.error("give one of --adapter and --control-dir")
     if options.control_dir is not None:
-        counts = len(options.prompt or []), len(options.conditioning_image or [])
-        if counts[0] != counts[1] or not counts[0]:
-            parser.error(f"--control-dir needs a --conditioning-image for each --prompt, got {counts[1]} and {counts[0]}")
+        texts, files = len(options.prompt or []), len(options.conditioning_image or [])
+        if texts != files or not texts:
+            parser.error(f"--control-dir needs a --conditioning-image for each --prompt, got {files} and {texts}")
         options.adapter = options.control_dir / "unet"
     if not (options.adapter / "adapter_config.json").is_file():
         parser.error(f"there is no adapter_config.json in {options.adapter}")
-    for path in (*(options.conditioning_image or ()), *filter(None, [options.inputs])):
-        if not path.is_file():
-            parser.error(f"there is no file {path}")
     output_folder(parser, options.output_dir)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Interpolate as the command line says. Status 1 if an end differs from the model that it should be."""
     options = parse(argv)
-    # Takes seconds to import: wrong arguments are reported before.
+    # These take seconds to import: wrong arguments are reported before.
+    from recipe_tools.quiet import quiet
+
+    quiet()
     from components import Components, base_biases
     from recipe_tools.report import adapt, first_line, patch
     from subjects import subject_of

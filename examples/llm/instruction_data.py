@@ -1,4 +1,4 @@
-"""Instruction data: read, written out as prompt and answer, and turned into tokens of which only the answers are learned.
+"""Instruction data: read, written out as prompt and answer, and turned into tokens, only the answers' to be learned.
 
 A record is one of
     {"instruction": ..., "input": ... (may be missing), "output": ...}      Alpaca
@@ -173,7 +173,8 @@ def _chat_text(messages: list[dict[str, str]], tokenizer: Any) -> Text:
         if message["role"] != "assistant":
             continue
         prompt = tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)
-        end = whole if index == len(messages) - 1 else tokenizer.apply_chat_template(messages[: index + 1], tokenize=False)
+        last = index == len(messages) - 1
+        end = whole if last else tokenizer.apply_chat_template(messages[: index + 1], tokenize=False)
         if not (whole.startswith(prompt) and whole.startswith(end)):
             raise ValueError("the model's chat template writes earlier messages differently once others follow")
         learned.append((len(prompt), len(end)))

@@ -10,21 +10,20 @@ import peft
 import torch
 from instruction_data import Padding, Row, Text, encode, hub_records, read_records, result, write_out
 from recipe_tools import report, trainer
+from recipe_tools.adapters import boft_config
 from recipe_tools.arguments import fail
 from recipe_tools.models import or_fail
+from recipe_tools.quiet import quiet
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, set_seed
 
-import boft_ext
 
+def tune(options: argparse.Namespace) -> None:
+    """Tune as the options of finetune_causal_lm.py say, and leave everything in ``options.output_dir``.
 
-def tune(options: argparse.Namespace, blocks: tuple[int, int]) -> None:
-    """Fine-tune ``options.model`` and leave everything in ``options.output_dir``.
-
-    Args:
-        blocks: block size and number for the BOFTConfig, one of them 0.
+    One line and status 2 for a model or data that cannot be read, and for blocks that do not fit.
     """
-    trainer.quiet()
+    quiet()
     report.patch()
     set_seed(options.seed)
     named = f"--model {options.model}"
@@ -45,15 +44,7 @@ def tune(options: argparse.Namespace, blocks: tuple[int, int]) -> None:
 
     dtype = torch.bfloat16 if options.mixed_precision == "bf16" else torch.float32
     model = or_fail(named, AutoModelForCausalLM.from_pretrained, options.model, dtype=dtype)
-    config = peft.BOFTConfig(
-        task_type="CAUSAL_LM",
-        boft_block_size=blocks[0],
-        boft_block_num=blocks[1],
-        boft_n_butterfly_factor=options.boft_factors,
-        boft_dropout=options.boft_dropout,
-        bias=options.boft_bias,
-        target_modules="all-linear",
-    )
+    config = boft_config(options, "all-linear", task_type="CAUSAL_LM")
     model = report.adapt(lambda: peft.get_peft_model(model, config))
     hf_trainer = Trainer(
         model=model,
@@ -65,8 +56,8 @@ def tune(options: argparse.Namespace, blocks: tuple[int, int]) -> None:
     )
     line = trainer.start(
         hf_trainer,
-        f"{len(train_rows):,} of {len(train_texts):,} training and {len(eval_rows):,} of {len(eval_texts):,} evaluation "
-        f"records have an answer within {options.max_length} tokens",
+        f"{len(train_rows):,} of {len(train_texts):,} training and {len(eval_rows):,} of {len(eval_texts):,} "
+        f"evaluation records have an answer within {options.max_length} tokens",
     )
     asked = eval_texts[: options.answers]
     rounds: list[list[str]] = []
@@ -80,13 +71,8 @@ def tune(options: argparse.Namespace, blocks: tuple[int, int]) -> None:
         return results
 
     trainer.run(hf_trainer, options, line, measure)
-    if hf_trainer.is_world_process_zero():
-        if asked:
-            _write_answers(options, asked, *rounds)
-        if options.export_merged:
-            merged = options.output_dir / "merged"
-            boft_ext.export_merged(hf_trainer.accelerator.unwrap_model(hf_trainer.model), merged)
-            tokenizer.save_pretrained(merged)
+    if asked and hf_trainer.is_world_process_zero():
+        _write_answers(options, asked, *rounds)
 
 
 def _texts(options: argparse.Namespace, tokenizer: Any) -> tuple[list[Text], list[Text]]:

@@ -1,14 +1,17 @@
-"""Adapters that a diffusion model's own `add_adapter` made, in and out of PEFT's two files."""
+"""Adapters: their configuration from the command line, and those of diffusion models in and out of PEFT's files."""
 
 from __future__ import annotations
 
+import argparse
 import copy
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import BOFTConfig, PeftModel, get_peft_model_state_dict
 from torch import nn
 
 from .arguments import fail
@@ -17,8 +20,27 @@ from .arguments import fail
 _PREFIX = "base_model.model."
 
 
+def boft_config(options: argparse.Namespace, targets: Iterable[str] | str, **more: Any) -> BOFTConfig:
+    """The configuration that the options of `arguments.add_boft_options` describe, for the layers `targets`.
+
+    `more` goes to it as it is.
+    """
+    size, count = options.boft_blocks
+    return BOFTConfig(
+        boft_block_size=size,
+        boft_block_num=count,
+        boft_n_butterfly_factor=options.boft_factors,
+        boft_dropout=options.boft_dropout,
+        bias=options.boft_bias,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        **more,
+    )
+
+
 def save_adapter(model: nn.Module, folder: Path, base: str) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` of the adapter "default" of `model`, in float32.
+
+    PEFT's own writer needs a PeftModel, which a diffusion model with an adapter is not.
 
     Args:
         model: adapted by `add_adapter` of diffusers or transformers.

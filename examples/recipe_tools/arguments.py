@@ -61,6 +61,20 @@ def rate(text: str) -> float:
     return value
 
 
+def existing_folder(text: str) -> Path:
+    """An argparse type: a folder that is there."""
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is not a folder")
+    return Path(text)
+
+
+def existing_file(text: str) -> Path:
+    """An argparse type: a file that is there."""
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {text}")
+    return Path(text)
+
+
 def output_folder(parser: argparse.ArgumentParser, path: Path, option: str = "--output-dir") -> Path:
     """`path` as a folder that exists and can be written to; otherwise `parser` reports `option` and its value."""
     try:
@@ -73,57 +87,59 @@ def output_folder(parser: argparse.ArgumentParser, path: Path, option: str = "--
 
 
 def add_boft_options(
-    parser: argparse.ArgumentParser, *, block_size: int = 0, block_num: int = 0, factors: int, dropout: float, bias: str
+    parser: argparse.ArgumentParser,
+    *,
+    block_size: int = 0,
+    block_num: int = 0,
+    factors: int,
+    dropout: float | None,
+    bias: str,
 ) -> None:
-    """Add ``--boft-block-size``, ``--boft-block-num`` (one of them; 0 leaves it out), ``--boft-factors``,
-    ``--boft-dropout`` and ``--boft-bias`` to `parser`, with a recipe's settings as defaults.
+    """Add BOFT's options to `parser`, with a recipe's settings as defaults, for `recipe_tools.adapters.boft_config`.
 
-    Giving one of the two sizes turns the default of the other off: `chosen_blocks`.
+    Args:
+        block_size, block_num: one of them; 0 leaves it out. ``--boft-block-size`` and ``--boft-block-num`` both set
+            ``boft_blocks``, the pair of them, and exclude each other.
+        dropout: None where it depends on another option; the recipe then fills it in.
     """
+    size = whole(1, 2**20)
     group = parser.add_argument_group("BOFT")
+    blocks = group.add_mutually_exclusive_group()
     default = f"block size {block_size}" if block_size else f"{block_num} blocks"
-    group.add_argument(
-        "--boft-block-size", type=whole(1, 2**20), help=f"size b of the blocks; default of this recipe: {default}"
+    blocks.add_argument(
+        "--boft-block-size",
+        type=lambda text: (size(text), 0),
+        dest="boft_blocks",
+        default=(block_size, block_num),
+        metavar="B",
+        help=f"size b of the blocks; default of this recipe: {default}",
     )
-    group.add_argument("--boft-block-num", type=whole(1, 2**20), help="number r = d / b of the blocks, instead of b")
+    blocks.add_argument(
+        "--boft-block-num",
+        type=lambda text: (0, size(text)),
+        dest="boft_blocks",
+        default=(block_size, block_num),
+        metavar="R",
+        help="number r = d / b of the blocks, instead of b",
+    )
     group.add_argument(
-        "--boft-factors", type=whole(1, 30), default=factors, help="butterfly factors m (default %(default)s)"
+        "--boft-factors",
+        type=whole(1, 30),
+        default=factors,
+        metavar="M",
+        help="butterfly factors m (default %(default)s)",
     )
     group.add_argument(
         "--boft-dropout",
         type=number(0, 1, "a probability"),
         default=dropout,
-        help="share of the blocks that a training step replaces by the identity (default %(default)s)",
+        metavar="P",
+        help="share of the blocks that a training step replaces by the identity "
+        f"(default {'that of the task' if dropout is None else dropout})",
     )
     group.add_argument(
         "--boft-bias",
         choices=("none", "all", "boft_only"),
         default=bias,
         help="which biases train (default %(default)s)",
-    )
-    parser.set_defaults(boft_default_blocks=(block_size, block_num))
-
-
-def chosen_blocks(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tuple[int, int]:
-    """``(boft_block_size, boft_block_num)`` for a BOFTConfig, one of them 0; `parser` reports it if both were given."""
-    size, count = options.boft_block_size, options.boft_block_num
-    if size and count:
-        parser.error(f"--boft-block-size {size} and --boft-block-num {count}: give one of the two")
-    return (size or 0, count or 0) if size or count else options.boft_default_blocks
-
-
-def add_checkpoint_options(parser: argparse.ArgumentParser, every: int) -> None:
-    """Add ``--checkpointing-steps``, every `every` by default, ``--checkpoints-total-limit`` and
-    ``--resume-from-checkpoint`` to `parser`, for `recipe_tools.checkpoints`."""
-    group = parser.add_argument_group("checkpoints")
-    group.add_argument(
-        "--checkpointing-steps", type=whole(1, 10**9), default=every, help="steps per checkpoint (default %(default)s)"
-    )
-    group.add_argument(
-        "--checkpoints-total-limit", type=whole(1, 10**6), help="how many checkpoints to keep (default: all)"
-    )
-    group.add_argument(
-        "--resume-from-checkpoint",
-        metavar="PATH",
-        help="a checkpoint, or 'latest' for the last one of the output folder, if it has any",
     )

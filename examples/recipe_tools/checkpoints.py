@@ -17,22 +17,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from .arguments import fail
+from .checkpoint_options import PREFIX, checkpoints_in, step_of
 
-_PREFIX = "checkpoint-"
 _UNFINISHED = "unfinished-checkpoint"
-
-
-def find_checkpoint(output: Path, wanted: str | None) -> Path | None:
-    """The checkpoint that ``--resume-from-checkpoint`` names; None for a new run. One line and status 2 if it is not
-    there."""
-    if wanted is None:
-        return None
-    if wanted == "latest":
-        return (_checkpoints(output) or [None])[-1]
-    path = Path(wanted)
-    if _step_of(path) is None or not path.is_dir():
-        fail(f"--resume-from-checkpoint {wanted}: there is no such folder of the form {_PREFIX}STEP")
-    return path
 
 
 def keep_only_what_trains(accelerator: Accelerator) -> None:
@@ -66,7 +53,7 @@ def save_checkpoint(accelerator: Accelerator, output: Path, step: int, limit: in
 
     The folder gets its name when it is complete, so that an interrupted write is never resumed from.
     """
-    unfinished, final = output / _UNFINISHED, output / f"{_PREFIX}{step}"
+    unfinished, final = output / _UNFINISHED, output / f"{PREFIX}{step}"
     if accelerator.is_main_process:
         shutil.rmtree(unfinished, ignore_errors=True)
     accelerator.wait_for_everyone()
@@ -76,7 +63,7 @@ def save_checkpoint(accelerator: Accelerator, output: Path, step: int, limit: in
         shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)
         if limit is not None:
-            for old in _checkpoints(output)[:-limit]:
+            for old in checkpoints_in(output)[:-limit]:
                 shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return final
@@ -89,7 +76,7 @@ def resume(accelerator: Accelerator, checkpoint: Path | None) -> int:
     if not (checkpoint / f"random_states_{accelerator.process_index}.pkl").is_file():
         fail(f"--resume-from-checkpoint {checkpoint}: fewer than {accelerator.num_processes} processes wrote it")
     accelerator.load_state(str(checkpoint))
-    return int(_step_of(checkpoint) or 0)
+    return step_of(checkpoint) or 0
 
 
 def micro_batches(
@@ -122,13 +109,3 @@ def generator_of(seed: int, number: int) -> torch.Generator:
 def _trainable(accelerator: Accelerator, model: nn.Module) -> dict[str, nn.Parameter]:
     named = accelerator.unwrap_model(model).named_parameters()
     return {name: parameter for name, parameter in named if parameter.requires_grad}
-
-
-def _checkpoints(output: Path) -> list[Path]:
-    found = [path for path in output.glob(f"{_PREFIX}*") if path.is_dir() and _step_of(path) is not None]
-    return sorted(found, key=lambda path: int(_step_of(path) or 0))
-
-
-def _step_of(path: Path) -> int | None:
-    step = path.name.removeprefix(_PREFIX)
-    return int(step) if path.name.startswith(_PREFIX) and step.isdecimal() else None

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .arguments import number, rate, whole
+from .checkpoint_options import add_checkpoint_options, check_output
 
 MANY = 10**9
 _SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "polynomial")
@@ -44,8 +45,8 @@ def add_pipeline_options(parser: argparse.ArgumentParser, models: str, step: int
     parser.add_argument("--seed", type=whole(0, 2**31), default=0, help="of everything random (default %(default)s)")
 
 
-def add_drawing_options(parser: argparse.ArgumentParser, inference_steps: int) -> None:
-    """Add how pictures are drawn."""
+def add_drawing_options(parser: argparse.ArgumentParser, inference_steps: int, other_guidance: str = "") -> None:
+    """Add how pictures are drawn; `other_guidance` says where the default of ``--guidance-scale`` does not suit."""
     parser.add_argument(
         "--inference-steps",
         type=whole(1, 10**4),
@@ -53,18 +54,27 @@ def add_drawing_options(parser: argparse.ArgumentParser, inference_steps: int) -
         help="steps per picture (default %(default)s)",
     )
     parser.add_argument(
-        "--guidance-scale", type=number(0, 100), default=7.5, help="of the text (default %(default)s; FLUX.1-dev: 3.5)"
+        "--guidance-scale",
+        type=number(0, 100),
+        default=7.5,
+        help=f"how much the text counts (default %(default)s{other_guidance})",
     )
     parser.add_argument(
         "--sample-batch-size", type=whole(1, 1024), default=4, help="pictures drawn at once (default %(default)s)"
     )
 
 
-def add_training_options(group: argparse.ArgumentParser, batch_size: int, samples: str, learning_rate: float) -> None:
-    """Add where results go and how AdamW steps, with a recipe's settings as defaults; `samples` are what a batch has.
+def add_training_options(
+    parser: argparse.ArgumentParser, batch_size: int, samples: str, learning_rate: float, steps: int | None
+) -> argparse._ArgumentGroup:
+    """Add where results go, how AdamW steps and when checkpoints are written, with a recipe's settings as defaults.
 
-    How long training takes is the recipe's to add.
+    Args:
+        samples: what a batch has.
+        steps: None where another option says how long training takes.
+    Returns: the group, for what else one recipe has.
     """
+    group = parser.add_argument_group("training")
     group.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="where everything is written")
     group.add_argument(
         "--train-batch-size",
@@ -73,7 +83,16 @@ def add_training_options(group: argparse.ArgumentParser, batch_size: int, sample
         help=f"{samples} per process and backward pass (default %(default)s)",
     )
     group.add_argument(
-        "--gradient-accumulation-steps", type=whole(1, 4096), default=1, help="backward passes per step"
+        "--gradient-accumulation-steps",
+        type=whole(1, 4096),
+        default=1,
+        help="backward passes per step (default %(default)s)",
+    )
+    group.add_argument(
+        "--max-train-steps",
+        type=whole(1, MANY),
+        default=steps,
+        help=f"updates of the weights{f' (default {steps})' if steps else ', instead of epochs'}",
     )
     group.add_argument(
         "--gradient-checkpointing", action="store_true", help="recompute activations in the backward pass"
@@ -91,10 +110,21 @@ def add_training_options(group: argparse.ArgumentParser, batch_size: int, sample
         choices=("no", "fp16", "bf16"),
         help="16 bits for the frozen weights and the arithmetic (default: what accelerate is configured for)",
     )
-
-
-def add_worker_option(group: argparse.ArgumentParser) -> None:
-    """Add ``--dataloader-num-workers``."""
     group.add_argument(
-        "--dataloader-num-workers", type=whole(0, 256), default=0, help="processes that read (default %(default)s)"
+        "--dataloader-num-workers",
+        type=whole(0, 256),
+        default=0,
+        help="processes that read pictures (default %(default)s)",
     )
+    add_checkpoint_options(parser, every=500)
+    return group
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options of `argv`, with ``checkpoint``, where to go on from, a path or None.
+
+    Bad ones end the program in one line and status 2. The output folder exists afterwards.
+    """
+    options = parser.parse_args(argv)
+    check_output(parser, options, "random_states_0.pkl")
+    return options

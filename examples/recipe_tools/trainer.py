@@ -1,4 +1,4 @@
-"""What the recipes share that run under transformers' Trainer: its arguments, a first log line, files, exact resuming."""
+"""What the recipes under transformers' Trainer share: its arguments, a first log line, files, exact resuming."""
 
 from __future__ import annotations
 
@@ -6,26 +6,19 @@ import argparse
 import json
 import os
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Trainer, TrainingArguments
-from transformers.utils import logging
+
+import boft_ext
 
 from .report import first_line
 
 # What Trainer adds to the results of an evaluation that is about time, not about the model.
 _TIMES = ("runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")
-
-
-def quiet() -> None:
-    """Only warnings that a user can act on: no bars for loading weights, no notes on how transformers is used."""
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 def training_arguments(options: argparse.Namespace, **more: Any) -> TrainingArguments:
@@ -82,10 +75,10 @@ def run(
     line: str,
     measure: Callable[[], dict[str, float]] | None = None,
 ) -> dict[str, Any]:
-    """Measure, train (from ``options.checkpoint`` on, see ``training_options.check_output``), measure again, save.
+    """Measure, train (from ``options.checkpoint`` on, see ``training_options.parse``), measure again, save.
 
     Leaves in ``options.output_dir``: ``adapter`` in PEFT's format with the tokenizer or image processor, the logs, the
-    checkpoints, and ``metrics.json`` with what is returned.
+    checkpoints, and ``metrics.json`` with what is returned; and in ``options.merged_dir``, if given, the merged model.
 
     Args:
         line: what `start` returned.
@@ -99,6 +92,7 @@ def run(
     measure = measure or (lambda: evaluation(trainer))
     checkpoint = options.checkpoint
     before = measure()
+    _forget_evaluation(trainer)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - started
@@ -119,14 +113,29 @@ def run(
     }
     if trainer.is_world_process_zero():
         adapter = options.output_dir / "adapter"
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(adapter)
-        if trainer.processing_class is not None:
-            trainer.processing_class.save_pretrained(adapter)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        model.save_pretrained(adapter)
+        trainer.processing_class.save_pretrained(adapter)
         (options.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         for name in before:
             print(f"{name}: {before[name]:.4f} before, {after[name]:.4f} after")
         print(f"{steps} steps; written to {options.output_dir}: adapter, logs, metrics.json", flush=True)
+        if options.merged_dir:
+            boft_ext.export_merged(model, options.merged_dir)
+            trainer.processing_class.save_pretrained(options.merged_dir)
+            print(f"merged model written to {options.merged_dir}", flush=True)
     return metrics
+
+
+def _forget_evaluation(trainer: Trainer) -> None:
+    """Let training prepare the model anew.
+
+    `Trainer.evaluate` leaves a mark on a model that has not trained yet, with which accelerate does not wrap it for
+    several processes afterwards: each would train on its own share of the data alone.
+    """
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    trainer.accelerator.free_memory()
+    vars(trainer.model).pop("_is_accelerate_prepared", None)
 
 
 def evaluation(trainer: Trainer, **arguments: Any) -> dict[str, float]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .arguments import Parser, add_checkpoint_options, fail, number, output_folder, rate, whole
-from .checkpoints import find_checkpoint
+from .arguments import Parser, number, rate, whole
+from .checkpoint_options import add_checkpoint_options, check_output
 
 SCHEDULES = ("constant", "constant_with_warmup", "cosine", "linear")
 
@@ -31,6 +31,12 @@ def add_training_options(
         warmup: steps, or below 1 a share of all steps.
     """
     parser.add_argument("--output-dir", type=Path, default=Path(output), help="for all results (default %(default)s)")
+    parser.add_argument(
+        "--merged-dir",
+        type=Path,
+        metavar="DIR",
+        help="write the model with the adapter merged to this folder, too; it loads without PEFT and boft_ext",
+    )
     add_checkpoint_options(parser, every=checkpointing_steps)
     group = parser.add_argument_group("training")
     group.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="of everything random (default %(default)s)")
@@ -47,8 +53,15 @@ def add_training_options(
         help="rows per device in one pass; a step takes this times --gradient-accumulation-steps times the number of "
         "processes (default %(default)s)",
     )
-    group.add_argument("--gradient-accumulation-steps", type=whole(1, 2**16), default=1, help="passes per step")
-    group.add_argument("--eval-batch-size", type=whole(1, 2**16), default=batch_size, help="default %(default)s")
+    group.add_argument(
+        "--gradient-accumulation-steps", type=whole(1, 2**16), default=1, help="passes per step (default %(default)s)"
+    )
+    group.add_argument(
+        "--eval-batch-size",
+        type=whole(1, 2**16),
+        default=batch_size,
+        help="rows per device when it measures (default %(default)s)",
+    )
     group.add_argument(
         "--num-train-epochs",
         type=number(0, 1e6),
@@ -56,15 +69,19 @@ def add_training_options(
         help=f"passes over the data (default {epochs or 'that of the task'})",
     )
     group.add_argument("--max-train-steps", type=whole(1, 10**9), help="stop after so many steps instead")
-    group.add_argument("--lr-schedule", choices=SCHEDULES, default=schedule, help="default %(default)s")
     group.add_argument(
         "--lr-warmup",
         type=number(0, 1e9),
         default=warmup,
         help="steps in which the rate rises; below 1 a share of all steps (default %(default)g)",
     )
+    group.add_argument(
+        "--lr-schedule", choices=SCHEDULES, default=schedule, help="what the rate does then (default %(default)s)"
+    )
     group.add_argument("--weight-decay", type=number(0, 1), default=weight_decay, help="of AdamW (default %(default)g)")
-    group.add_argument("--max-grad-norm", type=number(0, 1e9), default=1.0, help="0 clips nothing (default %(default)g)")
+    group.add_argument(
+        "--max-grad-norm", type=number(0, 1e9), default=1.0, help="0 clips nothing (default %(default)g)"
+    )
     group.add_argument(
         "--mixed-precision",
         choices=("no", "bf16"),
@@ -72,18 +89,20 @@ def add_training_options(
         help="bf16: frozen weights in bfloat16, what trains in float32 under autocast (default %(default)s)",
     )
     group.add_argument(
-        "--gradient-checkpointing", action="store_true", help="compute activations again in the backward pass: less memory"
+        "--gradient-checkpointing",
+        action="store_true",
+        help="compute activations again in the backward pass: less memory",
     )
-    group.add_argument("--logging-steps", type=whole(1, 10**9), default=10, help="default %(default)s")
+    group.add_argument(
+        "--logging-steps", type=whole(1, 10**9), default=10, help="steps per logged loss (default %(default)s)"
+    )
 
 
-def check_output(parser: Parser, options: argparse.Namespace) -> None:
-    """Make the output folder and turn ``--resume-from-checkpoint`` into ``options.checkpoint``, a path or None.
+def parse(parser: Parser) -> argparse.Namespace:
+    """The options of the command line, with ``checkpoint``, where to go on from, a path or None.
 
-    One line and status 2 if the folder cannot be written to, or the checkpoint is not there or not complete.
+    One line and status 2 for wrong ones. The output folder exists afterwards.
     """
-    output_folder(parser, options.output_dir)
-    options.checkpoint = find_checkpoint(options.output_dir, options.resume_from_checkpoint)
-    # Trainer writes this file last.
-    if options.checkpoint and not (options.checkpoint / "trainer_state.json").is_file():
-        fail(f"--resume-from-checkpoint {options.checkpoint} is not complete: it has no trainer_state.json")
+    options = parser.parse_args()
+    check_output(parser, options, "trainer_state.json")
+    return options

@@ -12,8 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from recipe_tools.arguments import Parser, add_boft_options, chosen_blocks, number, whole  # noqa: E402
-from recipe_tools.training_options import add_training_options, check_output  # noqa: E402
+from recipe_tools.arguments import Parser, add_boft_options, existing_folder, number, whole  # noqa: E402
+from recipe_tools.training_options import add_training_options, parse  # noqa: E402
 
 
 def parse_options() -> argparse.Namespace:
@@ -21,7 +21,10 @@ def parse_options() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or hub name, such as facebook/sam-vit-huge")
     parser.add_argument(
-        "--data-dir", type=Path, required=True, help="folder with train and test, in each the two folders below"
+        "--data-dir",
+        type=existing_folder,
+        required=True,
+        help="folder with train and test, in each the two folders below",
     )
     parser.add_argument("--image-folder", default="images", help="of the pictures (default %(default)s)")
     parser.add_argument(
@@ -40,7 +43,6 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--grid-rows", type=whole(1, 100), default=6, help="test pictures drawn in masks.png (default %(default)s)"
     )
-    parser.add_argument("--merged-dir", type=Path, help="write the model with the adapter merged to this folder, too")
     add_training_options(
         parser,
         output="runs/segmentation",
@@ -52,12 +54,7 @@ def parse_options() -> argparse.Namespace:
         weight_decay=0.01,
     )
     add_boft_options(parser, block_size=4, factors=4, dropout=0.005, bias="none")
-    options = parser.parse_args()
-    options.boft_blocks = chosen_blocks(parser, options)
-    if not options.data_dir.is_dir():
-        parser.error(f"--data-dir {options.data_dir} is no folder")
-    check_output(parser, options)
-    return options
+    return parse(parser)
 
 
 def main() -> None:

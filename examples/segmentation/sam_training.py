@@ -13,14 +13,15 @@ from mask_grid import save_mask_grid
 from mask_loss import mask_loss
 from mask_metrics import boundary_iou, iou, mean
 from recipe_tools import trainer as shared
+from recipe_tools.adapters import boft_config
+from recipe_tools.arguments import fail
 from recipe_tools.models import or_fail
+from recipe_tools.quiet import quiet
 from recipe_tools.report import adapt, patch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
-from transformers import AutoImageProcessor, SamModel, Trainer, set_seed
-
-import boft_ext
+from transformers import AutoConfig, AutoImageProcessor, SamConfig, SamModel, Trainer, set_seed
 
 DECODER = "mask_decoder"
 
@@ -91,11 +92,15 @@ def tune(options: argparse.Namespace) -> dict[str, Any]:
 
     One line and status 2 for a model or data that cannot be read, and for blocks that do not fit.
     """
-    shared.quiet()
+    quiet()
     patch()
-    processor = or_fail(f"--model {options.model}", AutoImageProcessor.from_pretrained, options.model)
+    named = f"--model {options.model}"
+    config = or_fail(named, AutoConfig.from_pretrained, options.model)
+    if not isinstance(config, SamConfig):
+        fail(f"{named}: a model of type {config.model_type}, not a SAM")
+    processor = or_fail(named, AutoImageProcessor.from_pretrained, options.model)
     train, test = (Masks(or_fail("--data-dir", _pairs, options, split), processor) for split in ("train", "test"))
-    model = or_fail(f"--model {options.model}", SamModel.from_pretrained, options.model)
+    model = or_fail(named, SamModel.from_pretrained, options.model)
     set_seed(options.seed)
     adapted = _adapted(model, options)
     arguments = shared.training_arguments(
@@ -123,10 +128,6 @@ def tune(options: argparse.Namespace) -> dict[str, Any]:
     metrics = shared.run(trainer, options, line, measure)
     if trainer.is_world_process_zero():
         save_mask_grid(options.output_dir / "masks.png", test.pairs[: options.grid_rows], *predictions)
-        if options.merged_dir:
-            boft_ext.export_merged(adapted, options.merged_dir, progress=False)
-            processor.save_pretrained(options.merged_dir)
-            print(f"merged model written to {options.merged_dir}")
     return metrics
 
 
@@ -136,17 +137,9 @@ def _pairs(options: argparse.Namespace, split: str) -> list[Pair]:
 
 
 def _adapted(model: SamModel, options: argparse.Namespace) -> nn.Module:
-    size, count = options.boft_blocks
     named = model.named_modules()
-    config = peft.BOFTConfig(
-        boft_block_size=size,
-        boft_block_num=count,
-        boft_n_butterfly_factor=options.boft_factors,
-        boft_dropout=options.boft_dropout,
-        bias=options.boft_bias,
-        target_modules=[name for name, m in named if isinstance(m, nn.Linear) and name.startswith(f"{DECODER}.")],
-    )
-    return adapt(lambda: peft.get_peft_model(model, config))
+    targets = [name for name, m in named if isinstance(m, nn.Linear) and name.startswith(f"{DECODER}.")]
+    return adapt(lambda: peft.get_peft_model(model, boft_config(options, targets)))
 
 
 def _encode_all(options: argparse.Namespace, encoder: Encoder, **splits: Masks) -> None:

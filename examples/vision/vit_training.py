@@ -11,13 +11,13 @@ import torch
 from image_data import Splits, from_dataset, from_folder
 from PIL import Image
 from recipe_tools import trainer as shared
+from recipe_tools.adapters import boft_config
 from recipe_tools.arguments import fail
 from recipe_tools.models import block_linears, or_fail
+from recipe_tools.quiet import quiet
 from recipe_tools.report import adapt, patch
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, EvalPrediction, Trainer, set_seed
-
-import boft_ext
 
 # By whatever name a model calls the layer that gives the classes; it is new, so it trains fully.
 HEAD = "classifier"
@@ -28,16 +28,18 @@ def tune(options: argparse.Namespace) -> dict[str, Any]:
 
     One line and status 2 for a model or data that cannot be read, and for blocks that do not fit.
     """
-    shared.quiet()
+    quiet()
     patch()
     processor = or_fail(f"--model {options.model}", AutoImageProcessor.from_pretrained, options.model)
     splits = _load_data(options, processor)
     # The new classifier and the adapter do not depend on what drew random numbers before.
     set_seed(options.seed)
-    model = _adapted(_load_model(options, splits.classes), options)
+    model = _load_model(options, splits.classes)
+    config = boft_config(options, block_linears(model), modules_to_save=[HEAD])
+    model = adapt(lambda: peft.get_peft_model(model, config))
     trainer = Trainer(
         model,
-        shared.training_arguments(options, dataloader_num_workers=options.dataloader_workers),
+        shared.training_arguments(options, dataloader_num_workers=options.dataloader_num_workers),
         data_collator=_batch,
         train_dataset=splits.train,
         eval_dataset=splits.test,
@@ -45,13 +47,7 @@ def tune(options: argparse.Namespace) -> dict[str, Any]:
         compute_metrics=_accuracy,
     )
     counts = f"{len(splits.train)} training and {len(splits.test)} test images of {len(splits.classes)} classes"
-    metrics = shared.run(trainer, options, shared.start(trainer, counts))
-    if options.merged_dir and trainer.is_world_process_zero():
-        merged = trainer.accelerator.unwrap_model(trainer.model)
-        boft_ext.export_merged(merged, options.merged_dir, progress=False)
-        processor.save_pretrained(options.merged_dir)
-        print(f"merged model written to {options.merged_dir}")
-    return metrics
+    return shared.run(trainer, options, shared.start(trainer, counts))
 
 
 def _load_data(options: argparse.Namespace, processor: Any) -> Splits:
@@ -79,20 +75,6 @@ def _load_model(options: argparse.Namespace, classes: list[str]) -> nn.Module:
     # Also where the pretrained model happens to have as many classes: they are others. What trains is in float32.
     getattr(model, HEAD).float().reset_parameters()
     return model
-
-
-def _adapted(model: nn.Module, options: argparse.Namespace) -> nn.Module:
-    size, count = options.boft_blocks
-    config = peft.BOFTConfig(
-        boft_block_size=size,
-        boft_block_num=count,
-        boft_n_butterfly_factor=options.boft_factors,
-        boft_dropout=options.boft_dropout,
-        bias=options.boft_bias,
-        target_modules=block_linears(model),
-        modules_to_save=[HEAD],
-    )
-    return adapt(lambda: peft.get_peft_model(model, config))
 
 
 def _batch(rows: list[dict[str, Any]]) -> dict[str, Tensor]:

@@ -5,16 +5,12 @@ import csv
 import pytest
 import torch
 from PIL import Image
-from recipe_runs import EXAMPLES, assert_refused, run
+from recipe_runs import assert_refused, recipe_modules, run
 
 QUICK = ["--seeds", 2, "--epochs", 1, "--rates", "1e-3", "1e-2"]
 
 
-@pytest.fixture
-def modules(monkeypatch):
-    """The recipe's modules can be imported."""
-    for folder in (EXAMPLES, EXAMPLES / "vision", EXAMPLES / "compare"):
-        monkeypatch.syspath_prepend(str(folder))
+modules = recipe_modules("vision", "compare")
 
 
 @pytest.fixture(scope="module")

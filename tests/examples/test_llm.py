@@ -4,14 +4,15 @@ import json
 import shutil
 
 import pytest
-import safetensors.torch
 import torch
-from recipe_runs import EXAMPLES, assert_refused, call_main, run, run_code
+from recipe_outputs import adapter_config, metrics_of, same_weights, stored
+from recipe_runs import call_main, recipe_modules, refused, run, run_code
 
 import boft_ext
 
 SCRIPT = "llm/finetune_causal_lm.py"
 STEPS, EVERY = 30, 8
+modules = recipe_modules("llm")
 
 # Without boft_ext and PEFT: what a server would do.
 STOCK_LOGITS = """
@@ -50,17 +51,8 @@ def tuned(tiny, tmp_path_factory):
     records = (tiny / "train.jsonl").read_text(encoding="utf-8").splitlines()[:28]
     (tiny / "few.jsonl").write_text("\n".join(records), encoding="utf-8")
     output = tmp_path_factory.mktemp("tuned")
-    arguments = command(tiny, output, "--checkpoints-total-limit", 2, "--export-merged")
+    arguments = command(tiny, output, "--checkpoints-total-limit", 2, "--merged-dir", output / "merged")
     return output, run(SCRIPT, *arguments).stdout
-
-
-@pytest.fixture
-def modules(monkeypatch):
-    """The recipe's modules can be imported; PEFT is as before afterwards."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    monkeypatch.syspath_prepend(str(EXAMPLES / "llm"))
-    yield
-    boft_ext.unpatch_peft()
 
 
 @pytest.fixture
@@ -68,10 +60,6 @@ def tokenizer(tiny):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(tiny / "model")
-
-
-def metrics_of(output):
-    return json.loads((output / "metrics.json").read_text(encoding="utf-8"))
 
 
 def test_a_run_improves_and_leaves_its_files(tuned):
@@ -86,17 +74,15 @@ def test_a_run_improves_and_leaves_its_files(tuned):
     assert any(answer["before"] != answer["after"] for answer in answers)
     assert list((output / "logs").glob("events.*"))
     assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-24", "checkpoint-30"]
-    config = json.loads((output / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    config, tensors = adapter_config(output), stored(output)
     assert config["peft_type"] == "BOFT" and config["boft_n_butterfly_factor"] == 2
-    stored = safetensors.torch.load_file(output / "adapter" / "adapter_model.safetensors")
-    assert {tensor.shape for name, tensor in stored.items() if "boft_R" in name} == {(2, 8, 8, 8), (2, 20, 8, 8)}
+    assert {tensor.shape for name, tensor in tensors.items() if "boft_R" in name} == {(2, 8, 8, 8), (2, 20, 8, 8)}
 
 
 def test_a_resumed_run_ends_with_the_same_weights(tiny, tuned, tmp_path):
     shutil.copytree(tuned[0] / "checkpoint-24", tmp_path / "checkpoint-24")
     run(SCRIPT, *command(tiny, tmp_path, "--resume-from-checkpoint", "latest"))
-    weights = [(output / "adapter" / "adapter_model.safetensors").read_bytes() for output in (tuned[0], tmp_path)]
-    assert weights[0] == weights[1]
+    assert same_weights(tuned[0], tmp_path)
     first, resumed = metrics_of(tuned[0]), metrics_of(tmp_path)
     assert resumed["steps_here"] == STEPS - 24
     assert resumed["before"] == first["before"] and resumed["after"] == first["after"]
@@ -124,7 +110,10 @@ def test_loss_is_that_of_the_answers_alone(tiny, tuned, tokenizer, modules, monk
 
     records = [{"instruction": "Say it.", "input": "f(x)", "output": "1"}, {"query": "A?", "response": "no, 2 of 3"}]
     (tmp_path / "eval.json").write_text(json.dumps(records), encoding="utf-8")
-    prompts = ["### Instruction:\nSay it.\n\n### Input:\nf(x)\n\n### Response:\n", "### Instruction:\nA?\n\n### Response:\n"]
+    prompts = [
+        "### Instruction:\nSay it.\n\n### Input:\nf(x)\n\n### Response:\n",
+        "### Instruction:\nA?\n\n### Response:\n",
+    ]
     model = AutoModelForCausalLM.from_pretrained(tiny / "model").eval()
     losses = []
     for prompt, answer in zip(prompts, ["1", "no, 2 of 3"], strict=True):
@@ -212,13 +201,12 @@ def test_parameters_of_llama_2_7b_are_the_papers(modules, size, factors, percent
     assert round(100 * total.rotation / report.base_parameters, 2) == percent
 
 
-def test_less_memory_settings_train_too(tiny, tuned, modules, monkeypatch, tmp_path):
+def test_less_memory_settings_train_too(tiny, tuned, monkeypatch, tmp_path):
     options = ["--mixed-precision", "bf16", "--gradient-checkpointing", "--prompt", "chat", "--max-train-steps", 10]
     call_main(monkeypatch, SCRIPT, *command(tiny, tmp_path, *options))
     metrics = metrics_of(tmp_path)
     assert metrics["after"]["loss"] < metrics["before"]["loss"]
-    stored = safetensors.torch.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+    assert {tensor.dtype for tensor in stored(tmp_path).values()} == {torch.float32}
 
 
 @pytest.mark.parametrize(
@@ -236,15 +224,7 @@ def test_less_memory_settings_train_too(tiny, tuned, modules, monkeypatch, tmp_p
     ],
 )
 def test_bad_arguments_are_one_line(monkeypatch, tmp_path, capsys, arguments, named):
-    with pytest.raises(SystemExit) as stopped:
-        call_main(monkeypatch, SCRIPT, *arguments, "--output-dir", tmp_path)
-    assert_refused(stopped.value.code, *capsys.readouterr(), named)
-
-
-def refused(monkeypatch, capsys, arguments, *named):
-    with pytest.raises(SystemExit) as stopped:
-        call_main(monkeypatch, SCRIPT, *arguments)
-    assert_refused(stopped.value.code, *capsys.readouterr(), *named)
+    refused(monkeypatch, capsys, SCRIPT, [*arguments, "--output-dir", tmp_path], named)
 
 
 @pytest.mark.parametrize(
@@ -256,8 +236,8 @@ def refused(monkeypatch, capsys, arguments, *named):
         (["--model", "no/such/model"], ["no/such/model"]),
     ],
 )
-def test_settings_that_do_not_fit_are_one_line(tiny, tuned, modules, monkeypatch, capsys, tmp_path, options, named):
-    refused(monkeypatch, capsys, command(tiny, tmp_path, *options), *named)
+def test_settings_that_do_not_fit_are_one_line(tiny, tuned, monkeypatch, capsys, tmp_path, options, named):
+    refused(monkeypatch, capsys, SCRIPT, command(tiny, tmp_path, *options), *named)
     assert not list(tmp_path.iterdir())
 
 
@@ -271,20 +251,20 @@ def test_settings_that_do_not_fit_are_one_line(tiny, tuned, modules, monkeypatch
         ('{"messages": [{"role": "user", "content": "a"}]}', "'user'"),
     ],
 )
-def test_data_that_cannot_be_used_is_one_line(tiny, modules, monkeypatch, capsys, tmp_path, content, named):
+def test_data_that_cannot_be_used_is_one_line(tiny, monkeypatch, capsys, tmp_path, content, named):
     file = tmp_path / ("data.json" if content.startswith("[") else "data.jsonl")
     file.write_text(content, encoding="utf-8")
-    refused(monkeypatch, capsys, command(tiny, tmp_path / "out", "--train-file", file), named)
+    refused(monkeypatch, capsys, SCRIPT, command(tiny, tmp_path / "out", "--train-file", file), named)
 
 
-def test_one_record_is_not_held_out_of_itself(tiny, modules, monkeypatch, capsys, tmp_path):
+def test_one_record_is_not_held_out_of_itself(tiny, monkeypatch, capsys, tmp_path):
     (tmp_path / "one.jsonl").write_text('{"instruction": "a", "output": "b"}', encoding="utf-8")
     arguments = ["--model", tiny / "model", "--train-file", tmp_path / "one.jsonl", "--output-dir", tmp_path / "out"]
-    refused(monkeypatch, capsys, arguments, "--eval-file")
+    refused(monkeypatch, capsys, SCRIPT, arguments, "--eval-file")
 
 
-def test_messages_without_a_chat_template_are_one_line(tiny, modules, monkeypatch, capsys, tmp_path):
+def test_messages_without_a_chat_template_are_one_line(tiny, monkeypatch, capsys, tmp_path):
     shutil.copytree(tiny / "model", tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").unlink()
     arguments = command(tiny, tmp_path / "out", "--model", tmp_path / "model", "--train-file", tiny / "test.jsonl")
-    refused(monkeypatch, capsys, [*arguments, "--prompt", "chat"], "chat template")
+    refused(monkeypatch, capsys, SCRIPT, [*arguments, "--prompt", "chat"], "chat template")

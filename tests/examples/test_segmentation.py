@@ -4,10 +4,10 @@ import json
 import shutil
 
 import pytest
-import safetensors.torch
 import torch
 from PIL import Image
-from recipe_runs import EXAMPLES, assert_refused, call_main, run, run_code
+from recipe_outputs import metrics_of, same_weights, stored
+from recipe_runs import assert_refused, recipe_modules, refused, run, run_code
 
 SCRIPT = "segmentation/finetune_sam_decoder.py"
 STEPS, HALF = 8, 4
@@ -32,11 +32,7 @@ print((after - before).abs().max().item(), (after - plain).abs().max().item())
 """
 
 
-@pytest.fixture
-def modules(monkeypatch):
-    """The recipe's modules can be imported."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    monkeypatch.syspath_prepend(str(EXAMPLES / "segmentation"))
+modules = recipe_modules("segmentation")
 
 
 def test_boundary_is_as_wide_as_it_should_be(modules):
@@ -107,10 +103,10 @@ def tiny(tmp_path_factory):
     return folder
 
 
-def tune(tiny, output, *arguments, check=True):
+def tune(tiny, output, *arguments, **how):
     options = ["--model", tiny / "model", "--data-dir", tiny / "data", "--output-dir", output]
     options += ["--max-train-steps", STEPS, "--checkpointing-steps", HALF, "--learning-rate", "1e-2"]
-    return run(SCRIPT, *options, *arguments, check=check)
+    return run(SCRIPT, *options, *arguments, **how)
 
 
 @pytest.fixture(scope="module")
@@ -123,12 +119,12 @@ def tuned(tiny, tmp_path_factory):
 def test_a_run_improves_and_leaves_its_files(tuned):
     output, printed = tuned
     assert printed.startswith("boft_ext") and "BOFT m=4 b=4 on 47 layers" in printed.splitlines()[0]
-    metrics = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
+    metrics = metrics_of(output)
     for name in ("miou", "boundary_iou"):
         assert 0 <= metrics["before"][name] < metrics["after"][name] <= 1
     assert list((output / "logs").glob("events.*"))
-    stored = safetensors.torch.load_file(output / "adapter" / "adapter_model.safetensors")
-    assert all("mask_decoder" in name for name in stored) and len(stored) == 2 * 47
+    names = list(stored(output))
+    assert all("mask_decoder" in name for name in names) and len(names) == 2 * 47
     with Image.open(output / "masks.png") as grid:
         assert grid.width > 4 * 128 and grid.height > 2 * 128
 
@@ -143,23 +139,33 @@ def test_adapter_and_merged_model_give_the_same_in_a_fresh_process(tiny, tuned):
 def test_a_resumed_run_ends_with_the_same_weights(tiny, tuned, tmp_path):
     shutil.copytree(tuned[0] / f"checkpoint-{HALF}", tmp_path / f"checkpoint-{HALF}")
     tune(tiny, tmp_path, "--resume-from-checkpoint", "latest")
-    weights = [(output / "adapter" / "adapter_model.safetensors").read_bytes() for output in (tuned[0], tmp_path)]
-    assert weights[0] == weights[1]
+    assert same_weights(tuned[0], tmp_path)
+
+
+def test_two_processes_tune_one_decoder(tiny, tmp_path):
+    done = tune(tiny, tmp_path, "--max-train-steps", 2, "--train-batch-size", 4, processes=2)
+    assert done.stdout.count("boft_ext ") == 1
+    metrics = metrics_of(tmp_path)
+    assert metrics["steps"] == 2 and metrics["after"]["miou"] != metrics["before"]["miou"]
+    assert any(value.any() for name, value in stored(tmp_path).items() if "boft_R" in name)
 
 
 def test_a_memory_limit_encodes_in_every_step(tiny, tuned, tmp_path):
     done = tune(tiny, tmp_path, "--embeddings-memory", 0)
     assert "encoded again in each step" in done.stdout
-    after = [
-        json.loads((output / "metrics.json").read_text(encoding="utf-8"))["after"]["miou"]
-        for output in (tuned[0], tmp_path)
-    ]
+    after = [metrics_of(output)["after"]["miou"] for output in (tuned[0], tmp_path)]
     assert after[0] == pytest.approx(after[1], abs=0.02)
 
 
 def test_blocks_that_do_not_divide_are_one_line(tiny, tmp_path):
     done = tune(tiny, tmp_path, "--boft-factors", 5, check=False)
     assert_refused(done.returncode, done.stdout, done.stderr, "boft_n_butterfly_factor = 5", 32)
+
+
+def test_a_model_that_is_no_sam_is_one_line(monkeypatch, tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}', encoding="utf-8")
+    arguments = ["--model", tmp_path, "--data-dir", tmp_path, "--output-dir", tmp_path / "out"]
+    refused(monkeypatch, capsys, SCRIPT, arguments, f"--model {tmp_path}", "vit", "not a SAM")
 
 
 @pytest.mark.parametrize(
@@ -173,9 +179,7 @@ def test_blocks_that_do_not_divide_are_one_line(tiny, tmp_path):
     ],
 )
 def test_bad_arguments_are_one_line(monkeypatch, tmp_path, capsys, arguments, named):
-    with pytest.raises(SystemExit) as stopped:
-        call_main(monkeypatch, SCRIPT, *arguments, "--output-dir", tmp_path)
-    assert_refused(stopped.value.code, *capsys.readouterr(), named)
+    refused(monkeypatch, capsys, SCRIPT, [*arguments, "--output-dir", tmp_path], named)
 
 
 def test_missing_and_wrong_masks_are_named(modules, tmp_path):
