@@ -3,11 +3,16 @@
 The commands are the one ``sh`` block below the heading ``## Run it here`` of ``examples/NAME/README.md``, run from the
 repository root by a shell that stops at the first command that fails. Names on the command line pick some examples.
 They write below ``runs/NAME``, which is emptied first, so that nothing is left from an earlier run.
+
+Small models leave most of a second processor idle, so several examples run side by side, and share the processors:
+``--jobs``. What one prints is then in ``runs/NAME.log``, and its last lines are shown when it has ended.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import contextlib
 import os
 import re
 import shutil
@@ -18,6 +23,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADING = "## Run it here"
+# Of the log of an example that ran beside others.
+SHOWN_LINES = 12
 
 
 def commands(readme: Path) -> str:
@@ -33,40 +40,88 @@ def commands(readme: Path) -> str:
     return blocks[0]
 
 
-def run(name: str, script: str) -> tuple[int, float]:
-    """Exit status and seconds of the commands of one example; ``python`` in them is this interpreter."""
+def run(name: str, script: str, jobs: int = 1) -> tuple[int, float]:
+    """Exit status and seconds of the commands of one example; ``python`` in them is this interpreter.
+
+    Beside other `jobs` it has its share of the processors, and its output goes to ``runs/NAME.log``.
+    """
     python = Path(sys.executable).parent
     environment = {**os.environ, "PATH": f"{python}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
     shutil.rmtree(ROOT / "runs" / name, ignore_errors=True)
-    print(f"\n== {name}\n{script}", flush=True)
-    start = time.perf_counter()
-    status = subprocess.run(["sh", "-eu", "-c", script], cwd=ROOT, env=environment).returncode
-    return status, time.perf_counter() - start
+    with contextlib.ExitStack() as stack:
+        output = None
+        if jobs > 1:
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+            output = stack.enter_context(open(_log(name), "wb"))
+        else:
+            print(f"\n== {name}\n{script}", flush=True)
+        start = time.perf_counter()
+        command = ["sh", "-eu", "-c", script]
+        status = subprocess.run(command, cwd=ROOT, env=environment, stdout=output, stderr=output).returncode
+        return status, time.perf_counter() - start
+
+
+def _log(name: str) -> Path:
+    (ROOT / "runs").mkdir(exist_ok=True)
+    return ROOT / "runs" / f"{name}.log"
+
+
+def run_all(scripts: dict[str, str], jobs: int) -> tuple[dict[str, float], str | None]:
+    """Run the examples, `jobs` at a time and none after one that failed.
+
+    Returns: the seconds of those that ended well, and the name of one that failed, which is shown, or None.
+    """
+    seconds: dict[str, float] = {}
+    failed: list[str] = []
+
+    def one(name: str) -> None:
+        if failed:
+            return
+        status, taken = run(name, scripts[name], jobs)
+        if jobs > 1:
+            lines = _log(name).read_text(encoding="utf-8", errors="replace").splitlines()
+            # A progress bar is one line that it writes again and again.
+            shown = "\n".join(line.rpartition("\r")[2] for line in lines[-SHOWN_LINES:])
+            print(f"\n== {name}, {taken:.1f} s; all of it in {_log(name).relative_to(ROOT)}\n{shown}", flush=True)
+        if status:
+            failed.append(name)
+            print(f"\nexamples: {name} failed with exit status {status}", file=sys.stderr)
+        else:
+            seconds[name] = taken
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(one, scripts))
+    return seconds, failed[0] if failed else None
 
 
 def main() -> int:
-    """Run the examples in turn. Returns 1 after the first one that fails, whose name it prints, and 2 for bad names."""
+    """Run the examples. Returns 1 if one fails, whose name it prints, and 2 for bad arguments."""
     found = {readme.parent.name: readme for readme in sorted(ROOT.glob("examples/*/README.md"))}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(found)}; all if none is given")
-    chosen = parser.parse_args().names or list(found)
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="examples at a time (one per processor: %(default)s)"
+    )
+    options = parser.parse_args()
+    chosen = options.names or list(found)
     unknown = [name for name in chosen if name not in found]
     if unknown:
         print(f"examples: there is no example {', '.join(unknown)}: choose from {', '.join(found)}", file=sys.stderr)
+        return 2
+    if options.jobs < 1:
+        print(f"examples: --jobs must be at least 1, got {options.jobs}", file=sys.stderr)
         return 2
     try:
         scripts = {name: commands(found[name]) for name in chosen}
     except ValueError as error:
         print(f"examples: {error}", file=sys.stderr)
         return 2
-    seconds = {}
-    for name, script in scripts.items():
-        status, seconds[name] = run(name, script)
-        if status:
-            print(f"\nexamples: {name} failed with exit status {status}", file=sys.stderr)
-            return 1
+    start = time.perf_counter()
+    seconds, failed = run_all(scripts, min(options.jobs, len(scripts)))
+    if failed:
+        return 1
     print("\n" + "\n".join(f"{name:<16} {taken:6.1f} s" for name, taken in seconds.items()))
-    print(f"{'all':<16} {sum(seconds.values()):6.1f} s")
+    print(f"{'all':<16} {time.perf_counter() - start:6.1f} s")
     return 0
 
 

@@ -59,12 +59,27 @@ def test_only_the_block_below_the_heading_runs_and_its_time_is_shown(examples, t
 
 
 def test_the_example_that_fails_is_named(examples, tmp_path, capsys):
-    assert examples() == 1
+    assert examples("--jobs", "1") == 1
     assert "bad failed with exit status 1" in capsys.readouterr().err
     assert not (tmp_path / "runs" / "too-far").exists()
 
 
+def test_several_at_a_time_leave_a_log_each(examples, tmp_path, capsys):
+    assert examples("--jobs", "2") == 1
+    printed = capsys.readouterr()
+    assert "bad failed with exit status 1" in printed.err and "runs/bad.log" in printed.out
+    (tmp_path / "examples" / "bad" / "README.md").write_text(
+        README.format("echo first; echo second >&2; echo $OMP_NUM_THREADS threads"), encoding="utf-8"
+    )
+    assert examples("--jobs", "2") == 0
+    log = (tmp_path / "runs" / "bad.log").read_text(encoding="utf-8").splitlines()
+    assert log[:2] == ["first", "second"] and log[2].endswith("threads")
+    assert (tmp_path / "runs" / "good" / "file").is_file()
+
+
 def test_unknown_names_and_readmes_without_commands_are_one_line(examples, tmp_path, capsys):
+    assert examples("good", "--jobs", "0") == 2
+    assert "--jobs must be at least 1, got 0" in capsys.readouterr().err
     assert examples("good", "other") == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1 and "other" in error and "bad, good" in error
