@@ -110,6 +110,9 @@ class Training:
             # Of every process: sum and sum of squares of what it trained. They are equal.
             "trained_sums": self._trained_sums(),
         }
+        # With several processes the wrapped model must go before the group that it talks through: the group's threads are
+        # joined where its last holder goes, and a wrapper that goes later does that while it keeps Python from them.
+        prepared = accelerator.free_memory(*prepared)
         accelerator.end_training()
         return Outcome({key: {"before": value, "after": after[key]} for key, value in before.items()}, facts)
 
