@@ -80,7 +80,7 @@ class Effort(NamedTuple):
 
 
 QUICK = Effort(3, 2.0, 0.5)
-FULL = Effort(5, 6.0, 1.0)
+FULL = Effort(9, 6.0, 1.0)
 DENSE_EFFORT = Effort(DENSE_ROUNDS, 0.0, 0.0)
 
 
