@@ -40,30 +40,33 @@ def commands(readme: Path) -> str:
     return blocks[0]
 
 
-def run(name: str, script: str, jobs: int = 1) -> tuple[int, float]:
+def run(name: str, script: str, threads: int | None = None, log: Path | None = None) -> tuple[int, float]:
     """Exit status and seconds of the commands of one example; ``python`` in them is this interpreter.
 
-    Beside other `jobs` it has its share of the processors, and its output goes to ``runs/NAME.log``.
+    `threads`: for its arithmetic, unless the environment says. `log`: the file that its output goes to.
     """
     python = Path(sys.executable).parent
     environment = {**os.environ, "PATH": f"{python}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
     shutil.rmtree(ROOT / "runs" / name, ignore_errors=True)
-    with contextlib.ExitStack() as stack:
-        output = None
-        if jobs > 1:
-            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
-            output = stack.enter_context(open(_log(name), "wb"))
-        else:
-            print(f"\n== {name}\n{script}", flush=True)
+    if threads is not None:
+        environment.setdefault("OMP_NUM_THREADS", str(threads))
+    with contextlib.nullcontext() if log is None else log.open("wb") as output:
         start = time.perf_counter()
         command = ["sh", "-eu", "-c", script]
         status = subprocess.run(command, cwd=ROOT, env=environment, stdout=output, stderr=output).returncode
         return status, time.perf_counter() - start
 
 
-def _log(name: str) -> Path:
-    (ROOT / "runs").mkdir(exist_ok=True)
-    return ROOT / "runs" / f"{name}.log"
+def _run_beside_others(name: str, script: str, threads: int) -> tuple[int, float]:
+    """`run` into a log in ``runs``, of which the last lines are shown."""
+    log = ROOT / "runs" / f"{name}.log"
+    log.parent.mkdir(exist_ok=True)
+    status, taken = run(name, script, threads, log)
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    # A progress bar is one line that it writes again and again.
+    shown = "\n".join(line.rpartition("\r")[2] for line in lines[-SHOWN_LINES:])
+    print(f"\n== {name}, {taken:.1f} s; all of it in {log.relative_to(ROOT)}\n{shown}", flush=True)
+    return status, taken
 
 
 def run_all(scripts: dict[str, str], jobs: int) -> tuple[dict[str, float], str | None]:
@@ -77,12 +80,11 @@ def run_all(scripts: dict[str, str], jobs: int) -> tuple[dict[str, float], str |
     def one(name: str) -> None:
         if failed:
             return
-        status, taken = run(name, scripts[name], jobs)
         if jobs > 1:
-            lines = _log(name).read_text(encoding="utf-8", errors="replace").splitlines()
-            # A progress bar is one line that it writes again and again.
-            shown = "\n".join(line.rpartition("\r")[2] for line in lines[-SHOWN_LINES:])
-            print(f"\n== {name}, {taken:.1f} s; all of it in {_log(name).relative_to(ROOT)}\n{shown}", flush=True)
+            status, taken = _run_beside_others(name, scripts[name], max(1, (os.cpu_count() or 1) // jobs))
+        else:
+            print(f"\n== {name}\n{scripts[name]}", flush=True)
+            status, taken = run(name, scripts[name])
         if status:
             failed.append(name)
             print(f"\nexamples: {name} failed with exit status {status}", file=sys.stderr)
