@@ -9,15 +9,16 @@ _mode = "exact"
 def set_saved_activations(mode: str) -> None:
     """Choose what forward passes from now on save for the gradients of `boft_R` and `boft_s`, in the whole process.
 
-    "exact", the default, saves the input and the output of every adapted layer as they are. A linear layer with every
-    `boft_s` between 1/2 and 2 saves the very output that it returns, which takes no memory where the next operation
-    saves it too; if that is changed in place before the backward, it is computed again. "compact" saves the input in 8
+    "exact", the default, saves the input and the output of every adapted layer as they are. On the CPU a layer with one
+    adapter whose base is a plain `torch.nn.Linear` that does not train saves the very output that it returns, as long
+    as every `boft_s` is between 1/2 and 2 and `boft_R` trains too: this takes no memory where the next operation saves
+    it as well, and if it is changed in place before the backward, it is computed again. "compact" saves the input in 8
     bits per value and the output in 4, of blocks of 64 channels with one scale, on the CPU; layers called one after the
     other with the same tensor share its copy. "recompute" saves only the input so, and its backward computes the output
     again: least memory, and most time (a step of the Llama below takes 1.5 times the frozen model's instead of 1.1, two
-    Zen 3 cores). It does so for layers with one adapter whose base is a plain `torch.nn.Linear` that does not train;
-    others are as in "compact". Outputs are bitwise the same in all modes, and gradients of inputs too, except that
-    "recompute" multiplies fewer rows at a time; the gradient of a bias is summed in another order.
+    Zen 3 cores). It does so for the same plain layers; others are as in "compact". Outputs are bitwise the same in all
+    modes, and gradients of inputs too, except that "recompute" multiplies fewer rows at a time; the gradient of a bias
+    is summed in another order.
 
     A value moves by at most 0.4 % (input) or 7.2 % (output) of the largest in its block. In a Llama of hidden size 768
     with random weights, six layers deep, the gradient of `boft_R` was off by 0.5 % of its norm (median over layers; at
