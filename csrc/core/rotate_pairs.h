@@ -63,11 +63,12 @@ VEC_ATTR static void pairs_pack(int64_t group, int64_t groups, const float *bloc
 }
 
 /*
- * `rows` rows of `vectors` vectors of a group's columns: out = x R. rows and vectors are constants. hi and lo have sums
- * of their own: one chain of both waits for the instruction's latency (1.29 instead of 1.08 times the float floor).
+ * `rows` rows of `vectors` vectors of a group's columns: out = x R, row t times factors[t] unless that is NULL. rows and
+ * vectors are constants. hi and lo have sums of their own: one chain of both waits for the instruction's latency (1.29
+ * instead of 1.08 times the float floor).
  */
 VEC_FN void pairs_multiply_panel(const int rows, const int vectors, int64_t group, pairs_rows x, int64_t column,
-                                 const __m512i *packed, uint16_t *out, int64_t out_stride)
+                                 const __m512i *packed, const float *factors, uint16_t *out, int64_t out_stride)
 {
     const int64_t across = group / PAIRS_LANES;
     vec_float sum[PAIRS_ROWS_ONCE][2], low[PAIRS_ROWS_ONCE][2];
@@ -91,13 +92,16 @@ VEC_FN void pairs_multiply_panel(const int rows, const int vectors, int64_t grou
 #pragma GCC unroll 4
     for (int t = 0; t < rows; t++)
 #pragma GCC unroll 2
-        for (int v = 0; v < vectors; v++)
-            store_bf16(out + t * out_stride + column + v * PAIRS_LANES, add_float(sum[t][v], low[t][v]));
+        for (int v = 0; v < vectors; v++) {
+            const vec_float y = add_float(sum[t][v], low[t][v]);
+            store_bf16(out + t * out_stride + column + v * PAIRS_LANES,
+                       factors ? mul_float(y, set1_float(factors[t])) : y);
+        }
 }
 
-/* `rows` (a constant) rows of whole groups: y = x R. */
+/* `rows` (a constant) rows of whole groups: y = x R, row t times factors[t] unless that is NULL. */
 VEC_FN void pairs_multiply_rows(const int rows, int64_t group, int64_t groups, pairs_rows x, const __m512i *packed,
-                                uint16_t *y, int64_t y_stride)
+                                const float *factors, uint16_t *y, int64_t y_stride)
 {
     /* Every panel reads the whole group, which y in the place of x would change. */
     const int overlap = y == x.data && group > 2 * PAIRS_LANES;
@@ -111,39 +115,40 @@ VEC_FN void pairs_multiply_rows(const int rows, int64_t group, int64_t groups, p
         }
         int64_t column = 0;
         for (; column + 2 * PAIRS_LANES <= group; column += 2 * PAIRS_LANES)
-            pairs_multiply_panel(rows, 2, group, in, column, packed, y, y_stride);
+            pairs_multiply_panel(rows, 2, group, in, column, packed, factors, y, y_stride);
         if (column < group)
-            pairs_multiply_panel(rows, 1, group, in, column, packed, y, y_stride);
+            pairs_multiply_panel(rows, 1, group, in, column, packed, factors, y, y_stride);
     }
 }
 
 VEC_FN void pairs_multiply(int64_t group, int64_t groups, int64_t rows, pairs_rows x, const __m512i *packed,
-                           uint16_t *y, int64_t y_stride)
+                           const float *factors, uint16_t *y, int64_t y_stride)
 {
     int64_t t = 0;
     for (; t + PAIRS_ROWS_ONCE <= rows; t += PAIRS_ROWS_ONCE)
         pairs_multiply_rows(PAIRS_ROWS_ONCE, group, groups, (pairs_rows){x.data + t * x.stride, x.stride}, packed,
-                            y + t * y_stride, y_stride);
+                            factors ? factors + t : NULL, y + t * y_stride, y_stride);
     for (; t < rows; t++)
-        pairs_multiply_rows(1, group, groups, (pairs_rows){x.data + t * x.stride, x.stride}, packed, y + t * y_stride,
-                            y_stride);
+        pairs_multiply_rows(1, group, groups, (pairs_rows){x.data + t * x.stride, x.stride}, packed,
+                            factors ? factors + t : NULL, y + t * y_stride, y_stride);
 }
 
 /* Not inlined, and with the smallest group as a constant, so that their loops have the registers to themselves. */
 VEC_ATTR static __attribute__((noinline)) void pairs_multiply_one(int64_t groups, int64_t rows, pairs_rows x,
-                                                                  const __m512i *packed, uint16_t *y, int64_t y_stride)
+                                                                  const __m512i *packed, const float *factors,
+                                                                  uint16_t *y, int64_t y_stride)
 {
-    pairs_multiply(PAIRS_LANES, groups, rows, x, packed, y, y_stride);
+    pairs_multiply(PAIRS_LANES, groups, rows, x, packed, factors, y, y_stride);
 }
 
 VEC_ATTR static __attribute__((noinline)) void pairs_multiply_any(int64_t group, int64_t groups, int64_t rows,
-                                                                  pairs_rows x, const __m512i *packed, uint16_t *y,
-                                                                  int64_t y_stride)
+                                                                  pairs_rows x, const __m512i *packed,
+                                                                  const float *factors, uint16_t *y, int64_t y_stride)
 {
     if (group == PAIRS_LANES)
-        pairs_multiply_one(groups, rows, x, packed, y, y_stride);
+        pairs_multiply_one(groups, rows, x, packed, factors, y, y_stride);
     else
-        pairs_multiply(group, groups, rows, x, packed, y, y_stride);
+        pairs_multiply(group, groups, rows, x, packed, factors, y, y_stride);
 }
 
 /* Whether the functions below take these arguments. From the whole call's shape, so that threads do not matter. */
@@ -152,7 +157,8 @@ static inline int pairs_serve(const boft_plan *plan, boft_dtype dtype, int64_t r
     return dtype == BOFT_BF16 && boft_goes_in_pairs(plan) && rows >= BOFT_PAIRS_ROWS_MIN;
 }
 
-VEC_ATTR static void pairs_rotate(const boft_rotate_args *args, int64_t begin, int64_t end, void *workspace)
+VEC_ATTR static void pairs_rotate(const boft_rotate_args *args, const float *factors, int64_t begin, int64_t end,
+                                  void *workspace)
 {
     const boft_plan *plan = args->plan;
     const int64_t span = boft_span_channels(plan), group = plan->super;
@@ -160,7 +166,7 @@ VEC_ATTR static void pairs_rotate(const boft_rotate_args *args, int64_t begin, i
         const int64_t groups = boft_min(span, plan->d - first) / group;
         pairs_pack(group, groups, (const float *)args->blocks + first * group, workspace);
         const pairs_rows x = {(const uint16_t *)args->x + begin * args->x_stride + first, args->x_stride};
-        pairs_multiply_any(group, groups, end - begin, x, workspace,
+        pairs_multiply_any(group, groups, end - begin, x, workspace, factors ? factors + begin : NULL,
                            (uint16_t *)args->y + begin * args->y_stride + first, args->y_stride);
     }
 }
@@ -265,7 +271,7 @@ VEC_ATTR static void pairs_rotate_backward(const boft_rotate_backward_args *args
                                    row == first);
             }
             if (args->dx)
-                pairs_multiply_any(group, groups, rows, dy, workspace,
+                pairs_multiply_any(group, groups, rows, dy, workspace, NULL,
                                    (uint16_t *)args->dx + row * args->dx_stride + channel, args->dx_stride);
         }
     }

@@ -54,9 +54,8 @@
 
 static void rotate_any(const boft_rotate_args *args, const void *factors, int64_t begin, int64_t end, void *workspace)
 {
-    /* Factors belong to merges, which are too rare for pairs to have them. */
-    if (!factors && pairs_serve(args->plan, args->dtype, args->rows))
-        pairs_rotate(args, begin, end, workspace);
+    if (pairs_serve(args->plan, args->dtype, args->rows))
+        pairs_rotate(args, factors, begin, end, workspace);
     else
         rotate_of_float(args, factors, begin, end, workspace);
 }

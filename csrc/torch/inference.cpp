@@ -1,7 +1,6 @@
 // Calls without gradients: the collapsed blocks of a parameter kept between calls, and operators called without the
 // dispatcher where nothing would listen there. One row costs little arithmetic, so the call is what counts.
-#include "common.h"
-#include "ops.h"
+#include "linear.h"
 
 #include <ATen/ops/linear.h>
 #include <c10/core/InferenceMode.h>
@@ -109,8 +108,10 @@ std::optional<Tensor> linear_now(const Tensor& x, const Tensor& weight, const st
   if (!serves(boft_R) || !is_plain(x) || !is_plain(weight) || !is_plain(s) || (bias.has_value() && !is_plain(*bias)))
     return std::nullopt;
   const Tensor blocks = blocks_of(boft_R, real_dtype(x.scalar_type()));
-  if (linear_fits(x, weight, bias))
-    return linear_kernels(x, weight, bias, blocks, boft_R.size(2), boft_R.size(0), s, false).out;
+  if (linear_fits(x, weight, bias)) {
+    const Layer layer(x.scalar_type(), s, weight, bias, std::nullopt, boft_R.size(2), boft_R.size(0));
+    return linear_forward(layer, blocks, x, false).out;
+  }
   const Tensor rotated = rotate_cpu(x, blocks, boft_R.size(2), boft_R.size(0), false);
   return scale_cpu(at::linear(rotated, weight, bias), s, bias, false);
 }

@@ -87,19 +87,8 @@ std::optional<at::Tensor> scale_runs_now(const at::Tensor& z, const std::vector<
                                          const std::vector<int64_t>& choice, const std::vector<at::Tensor>& scales,
                                          const std::optional<at::Tensor>& bias);
 
-// linear.cpp. Whether `linear_kernels` serves these.
+// linear.cpp. Whether the functions of linear.h serve these.
 bool linear_fits(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias);
-
-// The whole layer, or without `s` all but its scale. Where there are many rows, each thread takes some of them through
-// rotate, the layer of `weight` and `bias`, and scale, which then find them in its cache; without `keep_z` the scale
-// works in place.
-struct LinearForward {
-  at::Tensor out;
-  at::Tensor z;  // the output before the scale; undefined unless `keep_z`
-};
-LinearForward linear_kernels(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                             const at::Tensor& blocks, int64_t b, int64_t m, const std::optional<at::Tensor>& s,
-                             bool keep_z);
 
 // With gradients: the whole layer as one function, linear.cpp. Nothing where linear_now would give nothing, where
 // boft_R is not of the arithmetic's dtype, where weight or bias train, and for x without rows. With `recompute` only x
