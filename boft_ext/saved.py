@@ -16,9 +16,9 @@ def set_saved_activations(mode: str) -> None:
     bits per value and the output in 4, of blocks of 64 channels with one scale, on the CPU; layers called one after the
     other with the same tensor share its copy. "recompute" saves only the input so, and its backward computes the output
     again: least memory, and most time (a step of the Llama below takes 1.5 times the frozen model's instead of 1.1, two
-    Zen 3 cores). It does so for the same plain layers; others are as in "compact". Outputs are bitwise the same in all
-    modes, and gradients of inputs too, except that "recompute" multiplies fewer rows at a time; the gradient of a bias
-    is summed in another order.
+    Zen 3 cores). It does so for the same plain layers; others are as in "compact". Outputs and the gradients of inputs
+    are the same in all modes but for roundings: "recompute" multiplies fewer rows at a time, and "compact" rotates the
+    input where plain layers with more rows than outputs otherwise multiply by their merged weight.
 
     A value moves by at most 0.4 % (input) or 7.2 % (output) of the largest in its block. In a Llama of hidden size 768
     with random weights, six layers deep, the gradient of `boft_R` was off by 0.5 % of its norm (median over layers; at

@@ -13,7 +13,7 @@ import boft_ext
 from boft_ext import reference
 
 # (d, out, b, m): groups in lanes, of one vector, two vectors, more, with rests, one factor, odd b; and several levels,
-# which stay with the rotation of activations in the backward.
+# which go on rotating the input.
 SHAPES = [
     *[(32, 24, 4, 2), (64, 48, 8, 2), (64, 40, 8, 3), (80, 17, 20, 3), (40, 24, 10, 2), (30, 8, 5, 1), (96, 33, 2, 4)],
     (512, 16, 2, 9),

@@ -190,8 +190,10 @@ def test_recomputed_outputs(dtype, rows, frozen):
     out = layer(x)
     ours = dict(zip(inputs, torch.autograd.grad(out, list(inputs.values()), dy), strict=True))
     boft_ext.set_saved_activations("exact")
-    assert torch.equal(out, layer(x))
-    wanted = dict(zip(inputs, torch.autograd.grad(layer(x), list(inputs.values()), dy), strict=True))
+    exact = layer(x)
+    # Where a frozen rotation leaves no input to compute the output again, "exact" keeps that before the scale.
+    assert torch.equal(out, exact) or frozen == "boft_R" and off_by(out, exact) < 4 * torch.finfo(dtype).eps
+    wanted = dict(zip(inputs, torch.autograd.grad(exact, list(inputs.values()), dy), strict=True))
     assert list(ours) == ["x", *(name for name in ("boft_R", "boft_s") if name != frozen)]
     # The matrix product may sum in another order for other numbers of rows.
     assert off_by(ours.pop("x"), wanted["x"]) < 4 * torch.finfo(dtype).eps
