@@ -164,7 +164,8 @@ def roofline(folder: Path, level: str, rows: Sequence[Row]) -> None:
     axes[0].set_ylabel("GF/s")
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, fontsize=8)
-    figure.suptitle(f"ops, at least {ROOFLINE_TOKENS} rows\n{_conditions(rows)}", fontsize=10)
+    conditions = textwrap.fill(_conditions(rows), 150)
+    figure.suptitle(f"ops, at least {ROOFLINE_TOKENS} rows\n{conditions}", fontsize=10)
     _save(figure, folder / f"{level}-roofline.png")
 
 
@@ -200,8 +201,18 @@ def _roofline_panel(axis: pyplot.Axes, points: Sequence[Row], copies: Sequence[R
 
 
 def _conditions(rows: Sequence[Row]) -> str:
-    """The machine and versions of the first row."""
-    row = rows[0]
+    """The machine and versions of the rows, with the cases of each where they differ."""
+    cases: dict[str, list[str]] = {}
+    for row in rows:
+        of_condition = cases.setdefault(_condition(row), [])
+        if row["case"] not in of_condition:
+            of_condition.append(row["case"])
+    if len(cases) == 1:
+        return next(iter(cases))
+    return "; ".join(f"{', '.join(names)}: {condition}" for condition, names in cases.items())
+
+
+def _condition(row: Row) -> str:
     versions = f"torch {row['torch']}, PEFT {row['peft']}, boft_ext {row['boft_ext']} {row['commit']}".strip()
     if row.get("device", "cpu") != "cpu":
         return f"{row['device']}, CUDA {row['cuda']}, {versions}, {row['date']}"
