@@ -1,6 +1,7 @@
 """Random linear layers, and steps of them to compare with the same steps of rotate, base layer and scale one by one."""
 
 import torch
+from thread_counts import results_with_threads
 from tolerance import FLOORS, relative_error
 from torch import nn
 
@@ -64,14 +65,7 @@ def assert_near(ours, theirs):
 
 def run_with_threads(layer, x, dy):
     """`run`, which must give the same bits with one thread and, each time, with two."""
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2, 2):
-            torch.set_num_threads(count)
-            results.append(run(layer, x, dy))
-    finally:
-        torch.set_num_threads(threads)
+    results = results_with_threads(lambda: run(layer, x, dy))
     for other in results[1:]:
         assert_same(results[0], other)
     return results[0]

@@ -11,7 +11,6 @@ from linear_layers import (
     DTYPES,
     SHAPES,
     assert_as_in_parts,
-    assert_near,
     assert_same,
     in_parts,
     make_layer,
@@ -24,6 +23,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import boft_ext
+
+# More outputs than rows, so that the layer rotates its input (fewer: test_linear_merged.py).
+MANY = 1004
 
 # The gradient of boft_s is computed from the output where every scale is near 1, else from that before the scale.
 near_one = pytest.mark.parametrize("near_one", [False, True], ids=["any scale", "scale near 1"])
@@ -62,7 +64,7 @@ def test_gradient_of_a_scale_near_one(dtype, bias, rows, seed):
     ids=["relu", "add", "view", "detached"],
 )
 def test_an_output_may_be_changed_in_place(change, checkpointed, rows, seed):
-    layer, x, dy = random_problem(SHAPES[1], True, torch.float32, (rows,), seed, near_one=True)
+    layer, x, dy = random_problem((64, MANY, 8, 2), True, torch.float32, (rows,), seed, near_one=True)
     layer.boft_dropout = 0.0
     inputs = (x, layer.boft_R, layer.boft_s)
 
@@ -74,9 +76,11 @@ def test_an_output_may_be_changed_in_place(change, checkpointed, rows, seed):
     y = checkpoint(output, use_reentrant=False) if checkpointed else output()
     ours = torch.autograd.grad(y, inputs, dy, retain_graph=not checkpointed)
     if not checkpointed:
-        assert_near(ours, torch.autograd.grad(y, inputs, dy, create_graph=True))
+        assert_same(ours, torch.autograd.grad(y, inputs, dy, create_graph=True))
     in_parts(layer)
-    assert_near(ours, torch.autograd.grad(output(), inputs, dy))
+    wanted = torch.autograd.grad(output(), inputs, dy)
+    for one, other in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_an_output_that_the_next_operation_saves_is_saved_once():
@@ -95,9 +99,9 @@ def test_an_output_that_the_next_operation_saves_is_saved_once():
     assert storages == {x.data_ptr(), y.data_ptr()}
 
 
-# Enough rows for threads to take parts of them through the layer, two and four of different sizes, and still fewer
-# than outputs, so that the layer is not merged for them (test_linear_merged.py).
-@pytest.mark.parametrize("rows", [(512,), (1, 1037)], ids=str)
+# Enough rows for threads to take parts of them through the layer: two, four, and parts of different sizes. Still
+# fewer than outputs, so that the layer is not merged for them (test_linear_merged.py).
+@pytest.mark.parametrize("rows", [(512,), (1, 1037), (3, 700)], ids=str)
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @near_one
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -108,7 +112,7 @@ def test_many_rows(shape, dtype, near_one, bias, rows, seed):
     ours = run_with_threads(layer, x, dy)
     in_parts(layer)
     # A product of fewer rows may be summed in another order.
-    assert_as_in_parts(ours, run(layer, x, dy), near_one, dtype, assert_near)
+    assert_as_in_parts(ours, run(layer, x, dy), near_one, dtype, torch.testing.assert_close)
     with torch.no_grad():
         layer.eval()
         separate = layer(x)
@@ -122,25 +126,25 @@ def test_many_rows(shape, dtype, near_one, bias, rows, seed):
 @pytest.mark.parametrize("rows", [9, 600])
 @near_one
 def test_only_what_is_needed(near_one, rows, need_x, need_R, need_s):
-    layer = make_layer(near_one=near_one)
+    layer = make_layer((32, MANY, 4, 2), near_one=near_one)
     layer.boft_R.requires_grad_(need_R)
     layer.boft_s.requires_grad_(need_s)
-    x, dy = torch.randn(rows, 32, requires_grad=need_x), torch.randn(rows, 24)
+    x, dy = torch.randn(rows, 32, requires_grad=need_x), torch.randn(rows, MANY)
     ours = run(layer, x, dy)
     assert [tensor is not None for tensor in ours] == [True, need_x, need_R, need_s]
     in_parts(layer)
-    assert_as_in_parts(ours, run(layer, x, dy), near_one, x.dtype, assert_same if rows < 512 else assert_near)
+    assert_as_in_parts(ours, run(layer, x, dy), near_one, x.dtype)
 
 
 @pytest.mark.parametrize("rows", [9, 200])
 def test_strides_do_not_matter(rows):
-    layer = make_layer()
+    layer = make_layer((32, MANY, 4, 2))
     x = torch.randn(32, 5, rows).permute(2, 1, 0).requires_grad_()
-    shape = (rows, 5, 24)
-    for dy in (torch.randn(1, 24).expand(shape), torch.randn(24, 5, rows).permute(2, 1, 0), torch.ones(()).expand(shape)):
+    shape = (rows, 5, MANY)
+    for dy in (torch.randn(1, MANY).expand(shape), torch.randn(MANY, 5, rows).permute(2, 1, 0), torch.ones(()).expand(shape)):
         ours = run(layer, x, dy)
         handle = in_parts(layer)
-        (assert_same if 5 * rows < 512 else assert_near)(ours, run(layer, x, dy))
+        assert_same(ours, run(layer, x, dy))
         handle.remove()
 
 

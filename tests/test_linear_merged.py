@@ -123,6 +123,37 @@ def test_a_scale_of_zero(seed):
     assert_near(ours, run(layer, x, dy))
 
 
+@pytest.mark.parametrize("need_x", [False, True])
+@pytest.mark.parametrize("need_R", [False, True])
+@pytest.mark.parametrize("need_s", [False, True])
+@pytest.mark.parametrize("near_one", [False, True], ids=["any scale", "scale near 1"])
+def test_only_what_is_needed(near_one, need_s, need_R, need_x, seed):
+    layer, x, dy = problem((64, 48, 8, 2), True, torch.float32, (600,), seed, near_one)
+    layer.boft_R.requires_grad_(need_R)
+    layer.boft_s.requires_grad_(need_s)
+    ours = run(layer, x.detach().requires_grad_(need_x), dy)
+    assert [tensor is not None for tensor in ours] == [True, need_x, need_R, need_s]
+    in_parts(layer)
+    assert_near(ours, run(layer, x.detach().requires_grad_(need_x), dy))
+
+
+@pytest.mark.parametrize("change", [nn.ReLU(inplace=True), lambda y: y.add_(1), lambda y: y.detach().mul_(2)])
+def test_an_output_may_be_changed_in_place(change, seed):
+    layer, x, dy = problem((64, 48, 8, 2), True, torch.float32, (600,), seed)
+    inputs = (x, layer.boft_R, layer.boft_s)
+    gradients = []
+    for recorded in (False, True):
+        y = layer(x)
+        change(y)
+        gradients.append(torch.autograd.grad(y, inputs, dy, create_graph=recorded))
+    in_parts(layer)
+    y = layer(x)
+    change(y)
+    wanted = torch.autograd.grad(y, inputs, dy)
+    for ours in gradients:
+        assert_near(ours, wanted)
+
+
 def test_training_and_evaluation_agree_bit_for_bit(seed):
     layer, x, _ = problem((64, 48, 8, 2), True, torch.bfloat16, (600,), seed)
     trained = layer(x)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import use_form
 from shapes import PAPER, SMALL, layouts
+from thread_counts import results_with_threads
 from tolerance import FLOORS, assert_as_exact_as_torch, assert_exact, relative_error
 from torch import library
 
@@ -122,14 +123,7 @@ def test_inputs_are_not_written(form):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_same_bits_for_any_number_of_threads(dtype):
     weight, boft_R, s = make(1000, 768, 8, 2, dtype)
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2, 2):
-            torch.set_num_threads(count)
-            results.append(merge(weight, boft_R, s))
-    finally:
-        torch.set_num_threads(threads)
+    results = results_with_threads(lambda: merge(weight, boft_R, s))
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
