@@ -74,6 +74,29 @@ def test_variants(variant, dtype, seed):
     check(layer, x, dy, ours)
 
 
+@pytest.fixture(params=[True, False], ids=["oneDNN", "torch's product"])
+def onednn(request):
+    """Whether oneDNN multiplies float32, which without the fixture depends on the processor."""
+    before = boft_ext._C.onednn_products()
+    assert boft_ext._C.onednn_products(request.param) == (request.param and torch.backends.mkldnn.is_available())
+    yield request.param
+    boft_ext._C.onednn_products(before)
+
+
+# The last one has more outputs than rows: oneDNN gains enough for it to be merged too.
+@pytest.mark.parametrize("shape", [(64, 48, 8, 2), (80, 17, 20, 3), (256, 700, 8, 2)], ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+def test_both_products(onednn, shape, bias, seed):
+    layer, x, dy = problem(shape, bias, torch.float32, (600,), seed)
+    check(layer, x, dy, run_with_threads(layer, x, dy))
+
+
+def test_torch_may_be_told_not_to_use_onednn(onednn):
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not boft_ext._C.onednn_products()
+        assert boft_ext.build_info()["float32_products"] == "torch"
+
+
 @pytest.mark.parametrize("shape", [(8, 6, 2, 2), (16, 4, 8, 2), (12, 5, 3, 1)], ids=str)
 def test_gradients_by_finite_differences(shape, seed):
     torch.manual_seed(seed)

@@ -3,6 +3,9 @@
 // of x R, which is dx R because R is orthogonal, so for every block it is the product of x^T dx with the block itself.
 #include "linear.h"
 #include "parts.h"
+#include "product.h"
+
+#include <ATen/ops/empty_like.h>
 
 namespace boft {
 namespace {
@@ -14,26 +17,47 @@ Tensor merged_weight(const Layer& layer, const Tensor& blocks) {
   return rotated_cpu(call, call.factors_data());
 }
 
-// Every block of `gram` times the block of R: rows i of all the blocks side by side are a row to be rotated.
+// Every block of `gram` times the block of R: its rows rotated, as the rows of a layer of one group.
 Tensor times_blocks(const boft_plan& plan, const Layer& layer, const Tensor& gram, const Tensor& blocks) {
-  const int64_t group = plan.super, groups = plan.d / group;
-  const Tensor rows = gram.view({groups, group, group}).transpose(0, 1).reshape({group, plan.d});
-  const Tensor product = rotate_cpu(rows, blocks, layer.b, layer.m, false);
-  return product.view({group, groups, group}).transpose(0, 1).reshape({plan.count});
+  const boft_plan one = make_plan(plan.super, layer.b, layer.m);
+  const boft_dtype real = data_dtype(gram, "dblocks");
+  const int64_t square = plan.super * plan.super, size = gram.element_size();
+  const Tensor product = at::empty_like(gram);
+  const auto block = [&](auto* data, int64_t group) { return row_of(data, group, square, size); };
+  parallel(plan.d / plan.super, plan.count * plan.super, boft_rotate_workspace(&one, real),
+           [&](int64_t begin, int64_t end, void* workspace) {
+             for (int64_t group = begin; group < end; group++) {
+               const boft_rotate_args rotate = {&one,
+                                                real,
+                                                0,
+                                                plan.super,
+                                                block(gram.const_data_ptr(), group),
+                                                plan.super,
+                                                block(blocks.const_data_ptr(), group),
+                                                block(product.mutable_data_ptr(), group),
+                                                plan.super};
+               check(boft_rotate(&rotate, 0, plan.super, workspace));
+             }
+             return BOFT_OK;
+           });
+  return product;
 }
 
 }  // namespace
 
-// Rotations of weight and activations cost 4 n + 2 rows multiply-adds for each channel and G, against 6 rows; the passes
-// of the scale over the outputs are saved besides. It needs groups that one level mixes: the gradients of several levels
-// are of what lies between them. Few rows are the other way's, whatever the layer: calls count there. Steps of whole
-// models, all linears, on two Zen 4 cores, as multiples of the frozen one, rotated and merged: ViT 384 with 1576 rows
-// float32 1.097 and 1.074, bfloat16 1.145 and 1.090; Llama 768 with 1024 rows 1.040 and 1.028, 1.060 and 1.045. With
-// fewer rows than outputs, 1024 of layers 384 x 1536 and 768 x 2048, the merged way is up to 0.04 worse.
+// Rotations of weight and activations cost 4 n + 2 rows multiply-adds for each channel and G, against 6 rows; the
+// passes of the scale over the outputs are saved besides. It needs groups that one level mixes: the gradients of
+// several levels are of what lies between them. Few rows are the other way's, whatever the layer: calls count there.
+// Steps of whole models, all linears, on two Zen 4 cores, as multiples of the frozen one, rotated and merged: ViT 384
+// with 1576 rows float32 1.097 and 1.074, bfloat16 1.145 and 1.090; Llama 768 with 1024 rows 1.040 and 1.028, 1.060 and
+// 1.045. With fewer rows than outputs, 1024 of layers 384 x 1536 and 768 x 2048, the merged way is up to 0.04 worse.
+// Unless it multiplies at twice the speed: then it has all layers (Llama on two Zen 5 cores 0.64 instead of 0.80) but
+// small ones, which have little to gain, and those whose merged weight would be large beside their input.
 bool merge_pays(const Layer& layer, int64_t rows) {
-  constexpr int64_t kFewestRows = 2 * kFewestPartRows;
-  return rows >= std::max(layer.weight.size(0), kFewestRows) &&
-         make_plan(layer.weight.size(1), layer.b, layer.m).levels == 1;
+  constexpr int64_t kFewestRows = 2 * kFewestPartRows, kFewestChannels = 256, kMostOutputs = 4;
+  const int64_t d = layer.weight.size(1), n = layer.weight.size(0);
+  const bool fast = d >= kFewestChannels && layer.weight.scalar_type() == at::kFloat && onednn_products();
+  return rows >= kFewestRows && n <= (fast ? kMostOutputs * rows : rows) && make_plan(d, layer.b, layer.m).levels == 1;
 }
 
 Tensor merged_forward(const Layer& layer, const Tensor& blocks, const Tensor& x) {
@@ -41,9 +65,9 @@ Tensor merged_forward(const Layer& layer, const Tensor& blocks, const Tensor& x)
   const Tensor x_rows = rows_of(in.tensor), out = empty_rows(x, layer.weight.size(0)), out_rows = rows_of(out);
   const Tensor matrix = merged_weight(layer, blocks).t();
   const int64_t parts = parts_of(in.rows, in.rows);
-  if (parts == 0) multiply(x_rows, matrix, layer.bias, out_rows);
+  if (parts == 0) multiply_merged(x_rows, matrix, layer.bias, out_rows);
   for_parts(parts, in.rows, x, 0, 0, [&](int64_t, int64_t first, int64_t past, const Desk&) {
-    multiply(x_rows.narrow(0, first, past - first), matrix, layer.bias, out_rows.narrow(0, first, past - first));
+    multiply_merged(x_rows.narrow(0, first, past - first), matrix, layer.bias, out_rows.narrow(0, first, past - first));
   });
   return out;
 }
@@ -67,12 +91,13 @@ Gradients merged_backward(const Layer& layer, const Tensor& blocks, const Activa
   };
   if (parts == 0) {
     parallel(scale_splits, dy.numel() * 8, 0, sum_scale);
-    multiply(dy_rows, merged, std::nullopt, dx_rows);
+    multiply_merged(dy_rows, merged, std::nullopt, dx_rows);
     parallel(tasks, dx.numel() * plan.super, workspace, sum_gram);
   }
   for_parts(parts, rows, dy, 0, workspace, [&](int64_t part, int64_t first, int64_t past, const Desk& desk) {
     check(sum_scale(scale_splits * part / parts, scale_splits * (part + 1) / parts, nullptr));
-    multiply(dy_rows.narrow(0, first, past - first), merged, std::nullopt, dx_rows.narrow(0, first, past - first));
+    multiply_merged(dy_rows.narrow(0, first, past - first), merged, std::nullopt,
+                    dx_rows.narrow(0, first, past - first));
     check(sum_gram(tasks * part / parts, tasks * (part + 1) / parts, desk.workspace.get()));
   });
   gram.sum();

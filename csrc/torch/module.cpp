@@ -4,6 +4,7 @@
 #include "cuda.h"
 #endif
 #include "ops.h"
+#include "product.h"
 #include "recycler.h"
 
 #include <pybind11/pybind11.h>
@@ -149,5 +150,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("cpu_variant", [] { return std::string(boft_cpu_name()); }, "The kernel variant in use.");
   module.def("select_cpu_variant", select_cpu_variant,
              "Use a variant by name; None means BOFT_CPU if set, else the best. ValueError if it cannot run here.");
+  module.def("onednn_products", boft::onednn_products, py::arg("on") = py::none(), "csrc/torch/product.h");
   module.attr("compiler") = std::string(__VERSION__);
 }
