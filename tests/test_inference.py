@@ -1,7 +1,12 @@
-"""Layers without gradients, which take a shorter way: the same bits, the same errors, and nothing left out."""
+"""Layers without gradients, which take shorter ways: the same bits, or as exact ones, the same errors, and nothing left
+out."""
+
+import copy
 
 import pytest
 import torch
+from thread_counts import results_with_threads
+from tolerance import assert_as_exact_as_torch
 from torch import nn
 
 import boft_ext
@@ -31,6 +36,34 @@ def test_the_same_bits_as_with_gradients(dtype, bias, rows):
             for _ in range(2):
                 out = layer(x)
                 assert out.dtype == dtype and torch.equal(out, with_gradients)
+
+
+# A weight that is large beside what a few rows cost, in the layouts that it may have.
+LAYOUTS = {
+    "rows": lambda weight: weight,
+    "rows with gaps": lambda weight: torch.cat([weight, weight.new_full((len(weight), 3), torch.nan)], 1)[:, :-3],
+    "columns": lambda weight: weight.T.contiguous().T,
+}
+
+
+@pytest.mark.parametrize("rows", [(1, 1), (2,), (3, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_few_rows_of_a_large_weight(dtype, bias, layout, rows, seed):
+    layer = make_layer(256, 300, bias, dtype)
+    layer.weight.data = LAYOUTS[layout](layer.weight.detach())
+    torch.manual_seed(seed)
+    # A batch of every other value: not contiguous either.
+    x = torch.randn(*rows, 512)[..., ::2].to(dtype)
+    with torch.no_grad():
+        ours, *others = results_with_threads(lambda: layer(x))
+        assert all(torch.equal(ours, other) for other in others)
+        exact = copy.deepcopy(layer).double()(x.double())
+        layer.base_layer.register_forward_pre_hook(lambda module, args: None)
+        theirs = layer(x)
+    assert ours.shape == (*rows, 300) and ours.dtype == dtype
+    assert_as_exact_as_torch("y", ours, theirs, exact)
 
 
 def test_autocast_decides_the_dtype():

@@ -22,6 +22,7 @@ typedef struct boft_kernels {
     void (*rotate_backward[2])(const boft_rotate_backward_args *args, int64_t begin, int64_t end, void *workspace);
     void (*scale[2])(const boft_scale_args *args, int64_t begin, int64_t end);
     void (*scale_backward[2])(const boft_scale_backward_args *args, int64_t begin, int64_t end);
+    void (*linear[2])(const boft_linear_args *args, int64_t begin, int64_t end);
     void (*digest)(const void *data, size_t bytes, uint64_t out[BOFT_DIGEST_WORDS]);
 } boft_kernels;
 

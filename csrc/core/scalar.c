@@ -49,5 +49,6 @@ const boft_kernels boft_kernels_scalar = {
     .rotate_backward = {rotate_backward_float, rotate_backward_double},
     .scale = {scale_float, scale_double},
     .scale_backward = {scale_backward_float, scale_backward_double},
+    .linear = {linear_float, linear_double},
     .digest = digest,
 };

@@ -349,3 +349,16 @@ static void FN(scale_backward)(const boft_scale_backward_args *args, int64_t beg
         }
     }
 }
+
+static void FN(linear)(const boft_linear_args *args, int64_t begin, int64_t end)
+{
+    const REAL *s = args->s, *bias = args->bias;
+    for (int64_t t = 0; t < args->rows; t++)
+        for (int64_t j = begin; j < end; j++) {
+            REAL sum = 0;
+            for (int64_t k = 0; k < args->d; k++)
+                sum += FN(load)(args->dtype, args->x, t * args->x_stride + k) *
+                       FN(load)(args->dtype, args->weight, j * args->weight_stride + k);
+            FN(store)(args->dtype, args->out, t * args->out_stride + j, sum * s[j] + (bias ? bias[j] : 0));
+        }
+}

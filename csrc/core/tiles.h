@@ -32,6 +32,12 @@ enum {
     BOFT_PAIRS_ROWS_MIN = 16,
     /* Largest group of pairs: 160 still gains (step of a 1280 x 1280 layer 1.57 times frozen instead of 1.67). */
     BOFT_PAIRS_GROUP_MOST = 256,
+    /*
+     * Rows of x, and of the weight, that linear multiplies with each other together, and outputs between which it scales:
+     * sums of them stay in the first-level cache.
+     */
+    BOFT_LINEAR_ROWS = 4,
+    BOFT_LINEAR_OUTPUTS = 64,
     /* Rows at most that one split of scale's backward sums, and in which the splits of rotate's backward end. */
     BOFT_SPLIT_ROWS = 128,
 };

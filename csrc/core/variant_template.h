@@ -21,14 +21,26 @@
 #define LOAD(name) name##_float
 #define DATA_FN(name) name##_of_f32
 #include "scale_template.h"
+#define DATA float
+#define LOAD(name) name##_float
+#define DATA_FN(name) name##_of_f32
+#include "linear_template.h"
 #define DATA uint16_t
 #define LOAD(name) name##_bf16
 #define DATA_FN(name) name##_of_bf16
 #include "scale_template.h"
 #define DATA uint16_t
+#define LOAD(name) name##_bf16
+#define DATA_FN(name) name##_of_bf16
+#include "linear_template.h"
+#define DATA uint16_t
 #define LOAD(name) name##_f16
 #define DATA_FN(name) name##_of_f16
 #include "scale_template.h"
+#define DATA uint16_t
+#define LOAD(name) name##_f16
+#define DATA_FN(name) name##_of_f16
+#include "linear_template.h"
 #undef REAL
 #undef FN
 #undef VEC
@@ -45,6 +57,10 @@
 #define LOAD(name) name##_double
 #define DATA_FN(name) name##_of_f64
 #include "scale_template.h"
+#define DATA double
+#define LOAD(name) name##_double
+#define DATA_FN(name) name##_of_f64
+#include "linear_template.h"
 #undef REAL
 #undef FN
 #undef VEC
@@ -92,6 +108,16 @@ static void scale_backward_of_float(const boft_scale_backward_args *args, int64_
         scale_backward_of_f32(args, begin, end);
 }
 
+static void linear_of_float(const boft_linear_args *args, int64_t begin, int64_t end)
+{
+    if (args->dtype == BOFT_BF16)
+        linear_of_bf16(args, begin, end);
+    else if (args->dtype == BOFT_F16)
+        linear_of_f16(args, begin, end);
+    else
+        linear_of_f32(args, begin, end);
+}
+
 #include "digest_template.h"
 
 const boft_kernels KERNELS = {
@@ -104,5 +130,6 @@ const boft_kernels KERNELS = {
     .rotate_backward = {rotate_backward_any, rotate_backward_of_double},
     .scale = {scale_of_float, scale_of_f64},
     .scale_backward = {scale_backward_of_float, scale_backward_of_f64},
+    .linear = {linear_of_float, linear_of_f64},
     .digest = digest,
 };

@@ -257,6 +257,24 @@ BOFT_API int64_t boft_scale_backward_splits(int64_t rows);
 /* Splits begin ... end-1 of ds and dbias and the rows of dz that belong to them. */
 BOFT_API boft_status boft_scale_backward(const boft_scale_backward_args *args, int64_t begin, int64_t end);
 
+/* ---- Linear: a whole layer, z s + bias (1 - s) with z = x weight^T + bias, for few rows ---------------------------------- */
+
+typedef struct boft_linear_args {
+    boft_dtype dtype;   /* of x, weight and out */
+    int64_t rows, d, n; /* any number of rows; every BOFT_LINEAR_ROWS of them (tiles.h) read the weight once */
+    const void *x;      /* (T, d), rotated */
+    int64_t x_stride;
+    const void *weight; /* (n, d) */
+    int64_t weight_stride;
+    const void *s;    /* n reals */
+    const void *bias; /* n reals or NULL */
+    void *out;        /* (T, n), overlapping nothing else */
+    int64_t out_stride;
+} boft_linear_args;
+
+/* Outputs begin ... end-1 of all rows: (x weight^T) s + bias, summed in reals and rounded once. */
+BOFT_API boft_status boft_linear(const boft_linear_args *args, int64_t begin, int64_t end);
+
 /* ---- Pack: rows kept for backward in 4 or 8 bits per value --------------------------------------------------------- */
 
 /* Bytes of a packed row of n >= 0 values, bits 4 or 8: 64 values (the last ones: fewer) share a 16-bit scale. */

@@ -110,7 +110,7 @@ std::optional<Tensor> linear_now(const Tensor& x, const Tensor& weight, const st
   const Tensor blocks = blocks_of(boft_R, real_dtype(x.scalar_type()));
   if (linear_fits(x, weight, bias)) {
     const Layer layer(x.scalar_type(), s, weight, bias, std::nullopt, boft_R.size(2), boft_R.size(0));
-    return linear_forward(layer, blocks, x, false).out;
+    return is_few(layer, x) ? few_forward(layer, blocks, x) : linear_forward(layer, blocks, x, false).out;
   }
   const Tensor rotated = rotate_cpu(x, blocks, boft_R.size(2), boft_R.size(0), false);
   return scale_cpu(at::linear(rotated, weight, bias), s, bias, false);

@@ -1,5 +1,6 @@
-// A layer and the two ways through it. Rotated: x R by the blocks, the product with the frozen weight, the scale;
-// linear_rotated.cpp. Merged: the product with diag(s) W R^T, which is made for the call; linear_merged.cpp.
+// A layer and the ways through it. Rotated: x R by the blocks, the product with the frozen weight, the scale;
+// linear_rotated.cpp. Merged: the product with diag(s) W R^T, which is made for the call; linear_merged.cpp. Few rows
+// without gradients: linear_few.cpp.
 #pragma once
 
 #include "arguments.h"
@@ -63,6 +64,10 @@ at::Tensor unscaled_output(const Layer& layer, const at::Tensor& blocks, const a
 // rotated_backward from packed x (`pack_shared`) and without the output.
 Gradients packed_backward(const Layer& layer, const at::Tensor& blocks, const at::Tensor& packed, const Needed& need,
                           const at::Tensor& dy);
+
+// linear_few.cpp. Whether a call without gradients is for so few rows that it goes its own way, and that.
+bool is_few(const Layer& layer, const at::Tensor& x);
+at::Tensor few_forward(const Layer& layer, const at::Tensor& blocks, const at::Tensor& x);
 
 // linear_merged.cpp. Whether the merged way is the better one for so many rows.
 bool merge_pays(const Layer& layer, int64_t rows);

@@ -443,6 +443,30 @@ double rounded(boft_dtype dtype, double value)
 
 /* ---- Comparison ------------------------------------------------------------------------------------------------ */
 
+void *room(boft_dtype dtype, int64_t n, guard side)
+{
+    return guarded((size_t)n * dtype_size(dtype), dtype_size(dtype), side);
+}
+
+const void *stored_rows(boft_dtype dtype, int64_t rows, int64_t cols, int64_t stride, const double *values, guard side)
+{
+    const int64_t count = extent(rows, cols, stride);
+    void *all = doubles(count);
+    memset(all, 0xff, (size_t)count * sizeof(double));
+    for (int64_t t = 0; t < rows; t++)
+        for (int64_t j = 0; j < cols; j++)
+            put(dtype, all, t * stride + j, values[t * cols + j]);
+    return guarded_copy(all, (size_t)count * dtype_size(dtype), dtype_size(dtype), side);
+}
+
+void *far_values(boft_dtype dtype, int64_t rows, int64_t cols, int64_t stride, const double *values)
+{
+    void *made = far_rows(rows, (size_t)cols * dtype_size(dtype), (size_t)stride * dtype_size(dtype));
+    for (int64_t i = 0; values && i < rows * cols; i++)
+        put(dtype, made, i / cols * stride + i % cols, values[i]);
+    return made;
+}
+
 int64_t extent(int64_t rows, int64_t cols, int64_t stride)
 {
     return rows > 0 ? (rows - 1) * stride + cols : 0;

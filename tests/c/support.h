@@ -96,6 +96,20 @@ double get(boft_dtype dtype, const void *data, int64_t i);
 void put(boft_dtype dtype, void *data, int64_t i, double value); /* rounded once, to nearest even */
 double rounded(boft_dtype dtype, double value);
 
+/* ---- Rows ------------------------------------------------------------------------------------------------------ */
+
+/* A guarded buffer for n elements. */
+void *room(boft_dtype dtype, int64_t n, guard side);
+
+/*
+ * A (rows, cols) matrix of `values`, one after the other, as guarded rows `stride` elements apart that must not be
+ * written to. Gaps hold NaN, which must not leak into results.
+ */
+const void *stored_rows(boft_dtype dtype, int64_t rows, int64_t cols, int64_t stride, const double *values, guard side);
+
+/* The same in far_rows, for strides of 2^31 elements, where 32-bit indices would not do. values may be NULL. */
+void *far_values(boft_dtype dtype, int64_t rows, int64_t cols, int64_t stride, const double *values);
+
 /* ---- Comparison ------------------------------------------------------------------------------------------------ */
 
 /*

@@ -35,11 +35,6 @@ static void *stored(boft_dtype dtype, const double *values, int64_t n, guard sid
     return guarded_copy(all, (size_t)n * dtype_size(dtype), dtype_size(dtype), side);
 }
 
-static void *room(boft_dtype dtype, int64_t n, guard side)
-{
-    return guarded((size_t)n * dtype_size(dtype), dtype_size(dtype), side);
-}
-
 /* ---- Cayley ---------------------------------------------------------------------------------------------------- */
 
 static void run_cayley(boft_dtype dtype, int64_t b, int64_t n, division how, const void *a, const unsigned char *keep,

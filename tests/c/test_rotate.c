@@ -195,18 +195,6 @@ static void make_problem(problem *p, shape at, boft_dtype dtype, int64_t rows, i
     merge_truth(p);
 }
 
-static const void *stored_rows(boft_dtype dtype, int64_t rows, int64_t d, int64_t stride, const double *values,
-                               guard side)
-{
-    const int64_t n = extent(rows, d, stride);
-    void *all = doubles(n);
-    memset(all, 0xff, (size_t)n * sizeof(double)); /* gaps hold NaN, which must not leak into results */
-    for (int64_t t = 0; t < rows; t++)
-        for (int64_t j = 0; j < d; j++)
-            put(dtype, all, t * stride + j, values[t * d + j]);
-    return guarded_copy(all, (size_t)n * dtype_size(dtype), dtype_size(dtype), side);
-}
-
 static inputs make_inputs(const problem *p, guard side)
 {
     const size_t size = dtype_size(p->real), bytes = (size_t)p->plan.count * size;
@@ -215,11 +203,6 @@ static inputs make_inputs(const problem *p, guard side)
                     .s = stored_rows(p->real, 1, p->rows, p->rows, p->s, side),
                     .blocks = guarded_copy(p->blocks, bytes, size, side),
                     .blocks_back = guarded_copy(p->blocks_back, bytes, size, side)};
-}
-
-static void *room(boft_dtype dtype, int64_t n, guard side)
-{
-    return guarded((size_t)n * dtype_size(dtype), dtype_size(dtype), side);
 }
 
 static boft_rotate_args forward_args(const problem *p, const inputs *in, void *y)
@@ -463,15 +446,6 @@ static void test_partial_range(void)
         }
         release_memory();
     }
-}
-
-/* (T, d) values in rows 2^31 and some elements apart, where 32-bit indices would not do. */
-static void *far_values(boft_dtype dtype, int64_t rows, int64_t d, int64_t stride, const double *values)
-{
-    void *made = far_rows(rows, (size_t)d * dtype_size(dtype), (size_t)stride * dtype_size(dtype));
-    for (int64_t i = 0; values && i < rows * d; i++)
-        put(dtype, made, i / d * stride + i % d, values[i]);
-    return made;
 }
 
 static void test_far_rows(void)

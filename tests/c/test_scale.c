@@ -97,29 +97,12 @@ static void make_problem(problem *p, boft_dtype dtype, int64_t rows, int64_t n, 
     find_truth(p);
 }
 
-static const void *stored_rows(boft_dtype dtype, int64_t rows, int64_t n, int64_t stride, const double *values,
-                               guard side)
-{
-    const int64_t count = extent(rows, n, stride);
-    void *all = doubles(count);
-    memset(all, 0xff, (size_t)count * sizeof(double)); /* gaps hold NaN, which must not leak into results */
-    for (int64_t t = 0; t < rows; t++)
-        for (int64_t j = 0; j < n; j++)
-            put(dtype, all, t * stride + j, values[t * n + j]);
-    return guarded_copy(all, (size_t)count * dtype_size(dtype), dtype_size(dtype), side);
-}
-
 static inputs make_inputs(const problem *p, guard side)
 {
     return (inputs){.z = stored_rows(p->dtype, p->rows, p->n, p->z_stride, p->z, side),
                     .dy = stored_rows(p->dtype, p->rows, p->n, p->dy_stride, p->dy, side),
                     .s = stored_rows(p->real, 1, p->n, p->n, p->s, side),
                     .bias = p->kind != NO_BIAS ? stored_rows(p->real, 1, p->n, p->n, p->bias, side) : NULL};
-}
-
-static void *room(boft_dtype dtype, int64_t n, guard side)
-{
-    return guarded((size_t)n * dtype_size(dtype), dtype_size(dtype), side);
 }
 
 static boft_scale_args forward_args(const problem *p, const inputs *in, void *out)
@@ -316,15 +299,6 @@ static void test_partial_range(void)
         }
         release_memory();
     }
-}
-
-/* (T, n) values in rows 2^31 and some elements apart, where 32-bit indices would not do. */
-static void *far_values(boft_dtype dtype, int64_t rows, int64_t n, int64_t stride, const double *values)
-{
-    void *made = far_rows(rows, (size_t)n * dtype_size(dtype), (size_t)stride * dtype_size(dtype));
-    for (int64_t i = 0; values && i < rows * n; i++)
-        put(dtype, made, i / n * stride + i % n, values[i]);
-    return made;
 }
 
 static void test_far_rows(void)
