@@ -265,3 +265,51 @@ def test_plots_without_a_table_fail(tmp_path, plots, capsys):
     assert "ops.csv has no column dtype, d" in ops_line
     assert layers_line.endswith("layers.csv has no rows")
     assert models_line.endswith("models.csv does not exist")
+
+
+def write_floors(path):
+    """Three rotations and a backward as the C entry points take them, and rows that are not summed up."""
+    table = Table(path, ["case", "provider", "dtype", "d", "tokens", "group", "levels", "workers", "floor_ratio"])
+    common = {"provider": "boft_ext-c", "dtype": "f32", "d": 768, "tokens": 512, "group": 16, "levels": 1, "workers": 2}
+    for ratio in (1.5, 1.0, 1.25):
+        table.add(**common, case="rotate", floor_ratio=ratio)
+    table.add(**{**common, "tokens": 8192}, case="rotate", floor_ratio=1.75)
+    table.add(**{**common, "dtype": "bf16", "levels": 2}, case="rotate backward", floor_ratio=2.0)
+    for other in ({"workers": 1}, {"isa": "elsewhere"}, {"provider": "boft_ext"}, {"tokens": 8}):
+        table.add(**{**common, **other}, case="rotate", floor_ratio=99)
+    table.add(**{**common, "group": None, "levels": None, "tokens": None}, case="blocks", floor_ratio=99)
+
+
+def test_summary_of_floors_and_models(tmp_path, plots, capsys):
+    from benchmarks import summary
+
+    write_floors(tmp_path / "ops.csv")
+    table = Table(tmp_path / "models.csv", ["case", "provider", "dtype", "measure", "ratio", "peak_ratio"])
+    for provider, ratio in (("base", 1), ("boft_ext", 1.25)):
+        table.add(case="llama", provider=provider, dtype="f32", measure="step", ratio=ratio, peak_ratio=2 * ratio)
+        table.add(case="llama", provider=provider, dtype="bf16", measure="init")
+    assert summary.main(["--results", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    floors, models = (part.splitlines()[2:] for part in out.strip().split("\n\n"))
+    assert floors == [
+        "| rotate backward, several levels | - | - | 2.00 (2.00–2.00) | - |",
+        "| rotate, G = 16 | 1.25 (1.00–1.50) | 1.75 (1.75–1.75) | - | - |",
+    ]
+    rest = " | ".join(["- / -"] * 4)
+    assert models == [
+        f"| llama, step | - / - | - / - | - / - | 1.25 / - | {rest} |",
+        f"| llama, peak | - / - | - / - | - / - | 2.50 / - | {rest} |",
+    ]
+
+
+def test_summary_without_a_table_fails(tmp_path, plots, capsys):
+    from benchmarks import summary
+
+    Table(tmp_path / "ops.csv", summary.OP_COLUMNS).add(
+        case="rotate", provider="boft_ext", dtype="f32", tokens=512, workers=2
+    )
+    assert summary.main(["--results", str(tmp_path)]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 2
+    assert "no rows of boft_ext-c with 512 tokens" in err and "models.csv does not exist" in err
