@@ -51,8 +51,8 @@ Tensor times_blocks(const boft_plan& plan, const Layer& layer, const Tensor& gra
 // Steps of whole models, all linears, on two Zen 4 cores, as multiples of the frozen one, rotated and merged: ViT 384
 // with 1576 rows float32 1.097 and 1.074, bfloat16 1.145 and 1.090; Llama 768 with 1024 rows 1.040 and 1.028, 1.060 and
 // 1.045. With fewer rows than outputs, 1024 of layers 384 x 1536 and 768 x 2048, the merged way is up to 0.04 worse.
-// Unless it multiplies at twice the speed: then it has all layers (Llama on two Zen 5 cores 0.64 instead of 0.80) but
-// small ones, which have little to gain, and those whose merged weight would be large beside their input.
+// Unless it multiplies by oneDNN (product.cpp): then it has all layers (Llama on two Zen 5 cores 0.64 instead of 0.80)
+// but small ones, which have little to gain, and those whose merged weight would be large beside their input.
 bool merge_pays(const Layer& layer, int64_t rows) {
   constexpr int64_t kFewestRows = 2 * kFewestPartRows, kFewestChannels = 256, kMostOutputs = 4;
   const int64_t d = layer.weight.size(1), n = layer.weight.size(0);

@@ -150,6 +150,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("cpu_variant", [] { return std::string(boft_cpu_name()); }, "The kernel variant in use.");
   module.def("select_cpu_variant", select_cpu_variant,
              "Use a variant by name; None means BOFT_CPU if set, else the best. ValueError if it cannot run here.");
+  // At import, before any mode could see its trial.
+  boft::onednn_products();
   module.def("onednn_products", boft::onednn_products, py::arg("on") = py::none(), "csrc/torch/product.h");
   module.attr("compiler") = std::string(__VERSION__);
 }

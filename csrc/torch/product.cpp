@@ -1,16 +1,14 @@
-// torch can multiply float32 matrices by MKL and by oneDNN, and takes MKL. That has no AVX-512 kernels for processors of
-// AMD, which costs half of the speed from Zen 5 on, whose units are 512 bits wide: 1576 x 384 times 384 x 1536 on two
-// Zen 5 cores took 8.8 ms by MKL 2024.2 and 4.1 ms by oneDNN 3.12, both in torch 2.13.
+// torch can multiply float32 matrices by MKL and by oneDNN, and takes MKL. That goes by AVX2 on processors of AMD, and not
+// at its full speed. 512 rows, 768 to 3072 channels, one Zen 5 core: 107 GF/s by MKL 2024.2, 237 by oneDNN 3.12 (both in
+// torch 2.13), and still 123 by oneDNN kept to AVX2 (ONEDNN_MAX_CPU_ISA), what units of 256 bits can do.
 #include "product.h"
 #include "parts.h"
 
 #include <ATen/Context.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/ones.h>
 
 #include <atomic>
-
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
 
 // What at::addmm calls for 16-bit matrices: result = mat1 mat2 alpha + result beta. No header of torch declares it; where
 // torch does not export it, it is null.
@@ -22,30 +20,36 @@ __attribute__((weak)) void mkldnn_matmul(const Tensor& mat1, const Tensor& mat2,
 namespace boft {
 namespace {
 
-// AMD from Zen 5 on, by its family: virtual machines hide the bit that tells of 512-bit units (CPUID 8000001A).
-bool mkl_is_slow() {
+bool is_amd() {
 #if defined(__x86_64__)
-  unsigned eax, ebx, ecx, edx;
-  if (!__builtin_cpu_is("amd") || !__builtin_cpu_supports("avx512f") || !__get_cpuid(1, &eax, &ebx, &ecx, &edx))
-    return false;
-  const unsigned family = (eax >> 8 & 0xf) + (eax >> 20 & 0xff);
-  return family >= 0x1a;
+  return __builtin_cpu_is("amd");
 #else
   return false;
 #endif
 }
 
-bool has_onednn() { return at::native::mkldnn_matmul != nullptr && at::globalContext().hasMKLDNN(); }
+// torch lets its function multiply float32 only where oneDNN has bfloat16 too (AVX-512), and throws elsewhere.
+bool onednn_serves() {
+  if (at::native::mkldnn_matmul == nullptr || !at::globalContext().hasMKLDNN()) return false;
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  const at::Tensor one = at::ones({1, 1}), product = at::empty({1, 1});
+  try {
+    at::native::mkldnn_matmul(one, one, product, 0, 1);
+    return true;
+  } catch (const c10::Error&) {
+    return false;
+  }
+}
 
 std::atomic<bool>& wanted() {
-  static std::atomic<bool> wanted{has_onednn() && mkl_is_slow()};
+  static std::atomic<bool> wanted{is_amd() && onednn_serves()};
   return wanted;
 }
 
 }  // namespace
 
 bool onednn_products(std::optional<bool> on) {
-  if (on.has_value()) wanted() = *on && has_onednn();
+  if (on.has_value()) wanted() = *on && onednn_serves();
   return wanted() && at::globalContext().userEnabledMkldnn();
 }
 

@@ -11,8 +11,8 @@ namespace boft {
 void multiply_merged(const at::Tensor& rows, const at::Tensor& matrix, const std::optional<at::Tensor>& bias,
                      at::Tensor out);
 
-// Whether merged layers multiply float32 by oneDNN; with `on`, they do from now on or not (never where torch's build
-// lacks it). At first where MKL, which torch takes, leaves half of the processor idle. Not while torch.backends.mkldnn
+// Whether merged layers multiply float32 by oneDNN; with `on`, they do from now on or not (never where torch has no
+// oneDNN that would). At first where MKL, which torch takes, is the slower of the two. Not while torch.backends.mkldnn
 // is off. Thread-safe.
 bool onednn_products(std::optional<bool> on = std::nullopt);
 
