@@ -88,35 +88,22 @@ static void rotate_backward_any(const boft_rotate_backward_args *args, int64_t b
 #define rotate_backward_any rotate_backward_of_float
 #endif
 
-static void scale_of_float(const boft_scale_args *args, int64_t begin, int64_t end)
-{
-    if (args->dtype == BOFT_BF16)
-        scale_of_bf16(args, begin, end);
-    else if (args->dtype == BOFT_F16)
-        scale_of_f16(args, begin, end);
-    else
-        scale_of_f32(args, begin, end);
-}
+/* The function of the data's dtype, for an operator with one for each (scale_template.h, linear_template.h). */
+#define BY_DTYPE(name, arguments)                                                                                      \
+    static void name##_of_float(const arguments *args, int64_t begin, int64_t end)                                     \
+    {                                                                                                                  \
+        if (args->dtype == BOFT_BF16)                                                                                  \
+            name##_of_bf16(args, begin, end);                                                                          \
+        else if (args->dtype == BOFT_F16)                                                                              \
+            name##_of_f16(args, begin, end);                                                                           \
+        else                                                                                                           \
+            name##_of_f32(args, begin, end);                                                                           \
+    }
 
-static void scale_backward_of_float(const boft_scale_backward_args *args, int64_t begin, int64_t end)
-{
-    if (args->dtype == BOFT_BF16)
-        scale_backward_of_bf16(args, begin, end);
-    else if (args->dtype == BOFT_F16)
-        scale_backward_of_f16(args, begin, end);
-    else
-        scale_backward_of_f32(args, begin, end);
-}
-
-static void linear_of_float(const boft_linear_args *args, int64_t begin, int64_t end)
-{
-    if (args->dtype == BOFT_BF16)
-        linear_of_bf16(args, begin, end);
-    else if (args->dtype == BOFT_F16)
-        linear_of_f16(args, begin, end);
-    else
-        linear_of_f32(args, begin, end);
-}
+BY_DTYPE(scale, boft_scale_args)
+BY_DTYPE(scale_backward, boft_scale_backward_args)
+BY_DTYPE(linear, boft_linear_args)
+#undef BY_DTYPE
 
 #include "digest_template.h"
 

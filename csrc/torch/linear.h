@@ -19,6 +19,10 @@ struct Layer {
         keep(keep),
         b(b),
         m(m) {}
+  // The bias as the kernels take it; undefined without one.
+  at::Tensor shifts() const {
+    return bias.has_value() ? real_vector(*bias, weight.size(0), factors.scalar_type(), "bias") : at::Tensor();
+  }
   at::Tensor s, factors, weight;
   std::optional<at::Tensor> bias, keep;
   int64_t b, m;

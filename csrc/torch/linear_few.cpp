@@ -32,9 +32,7 @@ Tensor few_forward(const Layer& layer, const Tensor& blocks, const Tensor& x) {
   const int64_t n = layer.weight.size(0), rows = in.rows;
   const boft_dtype dtype = data_dtype(x, "x");
   const boft_plan plan = check_rotate(x, blocks, layer.b, layer.m);
-  const Tensor out = empty_rows(x, n), real_blocks = blocks.contiguous();
-  const Tensor shifts =
-      layer.bias.has_value() ? real_vector(*layer.bias, n, layer.factors.scalar_type(), "bias") : Tensor();
+  const Tensor out = empty_rows(x, n), real_blocks = blocks.contiguous(), shifts = layer.shifts();
   // The workspace of rotate, then the rotated rows.
   const size_t core = (boft_rotate_workspace(&plan, dtype) + 63) / 64 * 64;
   parallel(n, work_for_threads(layer, rows), core + x.nbytes(), [&](int64_t begin, int64_t end, void* workspace) {

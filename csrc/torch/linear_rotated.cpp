@@ -113,8 +113,7 @@ constexpr int64_t kRecomputedRows = 256;
 
 LinearForward rotated_forward(const Layer& layer, const Tensor& blocks, const Tensor& x, bool keep_z) {
   const int64_t n = layer.weight.size(0);
-  const Tensor shifts =
-      layer.bias.has_value() ? real_vector(*layer.bias, n, layer.factors.scalar_type(), "bias") : Tensor();
+  const Tensor shifts = layer.shifts();
   const Tensor out = empty_rows(x, n), z = keep_z ? empty_rows(x, n) : out;
   const boft_scale_args scale = {data_dtype(x, "x"),
                                  x.numel() / x.size(-1),

@@ -441,7 +441,7 @@ double rounded(boft_dtype dtype, double value)
     return get(dtype, &storage, 0);
 }
 
-/* ---- Comparison ------------------------------------------------------------------------------------------------ */
+/* ---- Rows ------------------------------------------------------------------------------------------------------ */
 
 void *room(boft_dtype dtype, int64_t n, guard side)
 {
@@ -466,6 +466,8 @@ void *far_values(boft_dtype dtype, int64_t rows, int64_t cols, int64_t stride, c
         put(dtype, made, i / cols * stride + i % cols, values[i]);
     return made;
 }
+
+/* ---- Comparison ------------------------------------------------------------------------------------------------ */
 
 int64_t extent(int64_t rows, int64_t cols, int64_t stride)
 {
