@@ -3,7 +3,7 @@
  * channel k of each group reaches the lanes of its group by a permutation. Blocks and their gradients are packed
  * accordingly: for each window and k one vector that holds row k of the blocks of the window's groups.
  */
-enum { FN(LANES_GROUP) = VEC(VEC_LANES) / 2, FN(LANES_ROWS) = BOFT_TILE_ROWS_SMALL };
+enum { FN(LANES_GROUP) = VEC(VEC_LANES) / 2, FN(LANES_ROWS) = BOFT_ROWS_ONCE };
 
 typedef struct FN(lanes) {
     int64_t group;    /* channels per group, 0 if the plan's groups do not go into lanes */
@@ -71,40 +71,45 @@ VEC_FN void FN(lanes_unpack)(const FN(lanes) *lanes, int64_t channels, REAL *dbl
                    (size_t)group * sizeof(REAL));
 }
 
-/* `rows` vectors of a window, `width` channels wide. */
-VEC_FN void FN(lanes_load)(int64_t rows, int64_t width, const REAL *from, int64_t stride, VEC(vec) out[FN(LANES_ROWS)])
+/* `rows` vectors of a window at channel `at`, `width` channels wide. A fetch of constant size keeps the loops short. */
+VEC_FN void FN(lanes_load)(int64_t rows, int64_t width, FN(strip) from, int64_t at, VEC(vec) out[FN(LANES_ROWS)])
 {
+    if (rows == FN(LANES_ROWS))
+        FN(fetch)(from, at, FN(LANES_ROWS), VEC(VEC_LANES));
 #pragma GCC unroll 4
     for (int i = 0; i < FN(LANES_ROWS); i++) {
         if (i >= rows)
             out[i] = VEC(zero)();
         else
-            out[i] = width == VEC(VEC_LANES) ? VEC(load)(from + i * stride) : VEC(loadn)(from + i * stride, width);
+            out[i] = width == VEC(VEC_LANES) ? VEC(load)(from.data + i * from.stride + at)
+                                             : VEC(loadn)(from.data + i * from.stride + at, width);
     }
 }
 
-VEC_FN void FN(lanes_store)(int64_t rows, int64_t width, const VEC(vec) in[FN(LANES_ROWS)], REAL *to, int64_t stride)
+VEC_FN void FN(lanes_store)(int64_t rows, int64_t width, const VEC(vec) in[FN(LANES_ROWS)], FN(room) to, int64_t at)
 {
+    if (rows == FN(LANES_ROWS))
+        FN(fetch)(FN(strip_of)(to), at, FN(LANES_ROWS), VEC(VEC_LANES));
 #pragma GCC unroll 4
     for (int i = 0; i < FN(LANES_ROWS); i++) {
         if (i >= rows)
             return;
         if (width == VEC(VEC_LANES))
-            VEC(store)(to + i * stride, in[i]);
+            VEC(store)(to.data + i * to.stride + at, in[i]);
         else
-            VEC(storen)(to + i * stride, in[i], width);
+            VEC(storen)(to.data + i * to.stride + at, in[i], width);
     }
 }
 
-/* The tile at `channel`: out = x times the packed blocks. */
-VEC_FN void FN(lanes_rotate)(const FN(lanes) *lanes, int64_t channel, int64_t rows, int64_t channels, const REAL *x,
-                             int64_t stride, REAL *out, int64_t out_stride)
+/* `rows` rows, at most LANES_ROWS, of the tile at `channel`: out = x times the packed blocks. */
+VEC_FN void FN(lanes_multiply)(const FN(lanes) *lanes, int64_t channel, int64_t rows, int64_t channels, FN(strip) x,
+                               FN(room) out)
 {
     const REAL *packed = lanes->packed + FN(lanes_offset)(lanes, channel - lanes->first);
     for (int64_t at = 0; at < channels; at += lanes->width, packed += lanes->group * VEC(VEC_LANES)) {
         const int64_t width = boft_min(lanes->width, channels - at);
         VEC(vec) in[FN(LANES_ROWS)], sum[FN(LANES_ROWS)];
-        FN(lanes_load)(rows, width, x + at, stride, in);
+        FN(lanes_load)(rows, width, x, at, in);
 #pragma GCC unroll 4
         for (int i = 0; i < FN(LANES_ROWS); i++)
             sum[i] = VEC(zero)();
@@ -115,27 +120,30 @@ VEC_FN void FN(lanes_rotate)(const FN(lanes) *lanes, int64_t channel, int64_t ro
             for (int i = 0; i < FN(LANES_ROWS); i++)
                 sum[i] = VEC(fma)(VEC(permute)(in[i], from), row, sum[i]);
         }
-        FN(lanes_store)(rows, width, sum, out + at, out_stride);
+        FN(lanes_store)(rows, width, sum, out, at);
     }
 }
 
-/*
- * The tile at `channel`: gradients += x^T dy if wanted (x and dy change places for x R^T), and dx, unless NULL, = dy
- * times the packed blocks.
- */
-VEC_FN void FN(lanes_backward)(FN(lanes) *lanes, int transpose, int64_t channel, int64_t rows, int64_t channels,
-                               const REAL *x, int64_t x_stride, const REAL *dy, int64_t dy_stride, int want_gradients,
-                               REAL *dx, int64_t dx_stride)
+/* The tile at `channel`: out = x times the packed blocks. */
+VEC_FN void FN(lanes_rotate)(const FN(lanes) *lanes, int64_t channel, int64_t rows, int64_t channels, FN(strip) x,
+                             FN(room) out)
 {
-    const int64_t offset = FN(lanes_offset)(lanes, channel - lanes->first);
-    const REAL *left = transpose ? dy : x, *right = transpose ? x : dy;
-    const int64_t left_stride = transpose ? dy_stride : x_stride, right_stride = transpose ? x_stride : dy_stride;
-    REAL *gradients = lanes->gradients + offset;
-    for (int64_t at = 0; want_gradients && at < channels; at += lanes->width, gradients += lanes->group * VEC(VEC_LANES)) {
+    for (int64_t once; rows > 0; rows -= once, x.data += once * x.stride, out.data += once * out.stride) {
+        once = boft_min(FN(LANES_ROWS), rows);
+        FN(lanes_multiply)(lanes, channel, once, channels, x, out);
+    }
+}
+
+/* `rows` rows, at most LANES_ROWS, of the tile at `channel`: gradients += left^T right. */
+VEC_FN void FN(lanes_gradient)(const FN(lanes) *lanes, int64_t channel, int64_t rows, int64_t channels, FN(strip) left,
+                               FN(strip) right)
+{
+    REAL *gradients = lanes->gradients + FN(lanes_offset)(lanes, channel - lanes->first);
+    for (int64_t at = 0; at < channels; at += lanes->width, gradients += lanes->group * VEC(VEC_LANES)) {
         const int64_t width = boft_min(lanes->width, channels - at);
         VEC(vec) a[FN(LANES_ROWS)], b[FN(LANES_ROWS)];
-        FN(lanes_load)(rows, width, left + at, left_stride, a);
-        FN(lanes_load)(rows, width, right + at, right_stride, b);
+        FN(lanes_load)(rows, width, left, at, a);
+        FN(lanes_load)(rows, width, right, at, b);
         for (int64_t k = 0; k < lanes->group; k++) {
             const VEC(index) from = VEC(load_index)(lanes->index[k]);
             VEC(vec) sum = VEC(load)(gradients + k * VEC(VEC_LANES));
@@ -146,6 +154,24 @@ VEC_FN void FN(lanes_backward)(FN(lanes) *lanes, int transpose, int64_t channel,
             VEC(store)(gradients + k * VEC(VEC_LANES), sum);
         }
     }
-    if (dx)
-        FN(lanes_rotate)(lanes, channel, rows, channels, dy, dy_stride, dx, dx_stride);
+}
+
+/*
+ * The tile at `channel`: gradients += x^T dy if wanted (x and dy change places for x R^T), and dx, unless its data is
+ * NULL, = dy times the packed blocks.
+ */
+VEC_FN void FN(lanes_backward)(FN(lanes) *lanes, int transpose, int64_t channel, int64_t rows, int64_t channels,
+                               FN(strip) x, FN(strip) dy, int want_gradients, FN(room) dx)
+{
+    FN(strip) left = transpose ? dy : x, right = transpose ? x : dy;
+    for (int64_t t = 0, once; want_gradients && t < rows; t += once) {
+        once = boft_min(FN(LANES_ROWS), rows - t);
+        FN(lanes_gradient)(lanes, channel, once, channels, left, right);
+        left.data += once * left.stride;
+        right.data += once * right.stride;
+    }
+    if (want_gradients)
+        dy.ahead = 0;
+    if (dx.data)
+        FN(lanes_rotate)(lanes, channel, rows, channels, dy, dx);
 }

@@ -21,11 +21,23 @@ enum {
     PAIRS_LANES = 16,
 };
 
-/* Element (t, j) of the data lies at t stride + j. */
+/* Element (t, j) of the data lies at t stride + j. Rows to fetch into cache lie `ahead` below; 0 for none. */
 typedef struct pairs_rows {
     const uint16_t *data;
-    int64_t stride;
+    int64_t stride, ahead;
 } pairs_rows;
+
+/* Rows to write. */
+typedef struct pairs_room {
+    uint16_t *data;
+    int64_t stride, ahead;
+} pairs_room;
+
+/* Fetches the `group` channels at hand of the rows ahead. */
+VEC_FN void pairs_fetch(pairs_rows x, int64_t rows, int64_t group)
+{
+    boft_fetch(x.data, sizeof *x.data, x.stride, x.ahead, rows, group);
+}
 
 VEC_FN __m512bh as_pairs(__m512i a) { return (__m512bh)a; }
 
@@ -68,7 +80,7 @@ VEC_ATTR static void pairs_pack(int64_t group, int64_t groups, const float *bloc
  * instead of 1.08 times the float floor).
  */
 VEC_FN void pairs_multiply_panel(const int rows, const int vectors, int64_t group, pairs_rows x, int64_t column,
-                                 const __m512i *packed, const float *factors, uint16_t *out, int64_t out_stride)
+                                 const __m512i *packed, const float *factors, pairs_room out)
 {
     const int64_t across = group / PAIRS_LANES;
     vec_float sum[PAIRS_ROWS_ONCE][2], low[PAIRS_ROWS_ONCE][2];
@@ -94,61 +106,65 @@ VEC_FN void pairs_multiply_panel(const int rows, const int vectors, int64_t grou
 #pragma GCC unroll 2
         for (int v = 0; v < vectors; v++) {
             const vec_float y = add_float(sum[t][v], low[t][v]);
-            store_bf16(out + t * out_stride + column + v * PAIRS_LANES,
+            store_bf16(out.data + t * out.stride + column + v * PAIRS_LANES,
                        factors ? mul_float(y, set1_float(factors[t])) : y);
         }
 }
 
 /* `rows` (a constant) rows of whole groups: y = x R, row t times factors[t] unless that is NULL. */
 VEC_FN void pairs_multiply_rows(const int rows, int64_t group, int64_t groups, pairs_rows x, const __m512i *packed,
-                                const float *factors, uint16_t *y, int64_t y_stride)
+                                const float *factors, pairs_room y)
 {
     /* Every panel reads the whole group, which y in the place of x would change. */
-    const int overlap = y == x.data && group > 2 * PAIRS_LANES;
-    for (int64_t g = 0; g < groups; g++, x.data += group, y += group, packed += group * group / PAIRS_LANES) {
+    const int overlap = y.data == x.data && group > 2 * PAIRS_LANES;
+    for (int64_t g = 0; g < groups; g++, x.data += group, y.data += group, packed += group * group / PAIRS_LANES) {
+        pairs_fetch(x, rows, group);
+        pairs_fetch((pairs_rows){y.data, y.stride, y.ahead}, rows, group);
         uint16_t copy[PAIRS_ROWS_ONCE * BOFT_PAIRS_GROUP_MOST];
         pairs_rows in = x;
         if (overlap) {
             for (int t = 0; t < rows; t++)
                 memcpy(copy + t * group, x.data + t * x.stride, (size_t)group * sizeof *copy);
-            in = (pairs_rows){copy, group};
+            in = (pairs_rows){copy, group, 0};
         }
         int64_t column = 0;
         for (; column + 2 * PAIRS_LANES <= group; column += 2 * PAIRS_LANES)
-            pairs_multiply_panel(rows, 2, group, in, column, packed, factors, y, y_stride);
+            pairs_multiply_panel(rows, 2, group, in, column, packed, factors, y);
         if (column < group)
-            pairs_multiply_panel(rows, 1, group, in, column, packed, factors, y, y_stride);
+            pairs_multiply_panel(rows, 1, group, in, column, packed, factors, y);
     }
 }
 
 VEC_FN void pairs_multiply(int64_t group, int64_t groups, int64_t rows, pairs_rows x, const __m512i *packed,
-                           const float *factors, uint16_t *y, int64_t y_stride)
+                           const float *factors, pairs_room y)
 {
     int64_t t = 0;
+#define ROWS(count)                                                                                                    \
+    pairs_multiply_rows(count, group, groups, (pairs_rows){x.data + t * x.stride, x.stride, x.ahead}, packed,          \
+                        factors ? factors + t : NULL, (pairs_room){y.data + t * y.stride, y.stride, y.ahead})
     for (; t + PAIRS_ROWS_ONCE <= rows; t += PAIRS_ROWS_ONCE)
-        pairs_multiply_rows(PAIRS_ROWS_ONCE, group, groups, (pairs_rows){x.data + t * x.stride, x.stride}, packed,
-                            factors ? factors + t : NULL, y + t * y_stride, y_stride);
+        ROWS(PAIRS_ROWS_ONCE);
     for (; t < rows; t++)
-        pairs_multiply_rows(1, group, groups, (pairs_rows){x.data + t * x.stride, x.stride}, packed,
-                            factors ? factors + t : NULL, y + t * y_stride, y_stride);
+        ROWS(1);
+#undef ROWS
 }
 
 /* Not inlined, and with the smallest group as a constant, so that their loops have the registers to themselves. */
 VEC_ATTR static __attribute__((noinline)) void pairs_multiply_one(int64_t groups, int64_t rows, pairs_rows x,
                                                                   const __m512i *packed, const float *factors,
-                                                                  uint16_t *y, int64_t y_stride)
+                                                                  pairs_room y)
 {
-    pairs_multiply(PAIRS_LANES, groups, rows, x, packed, factors, y, y_stride);
+    pairs_multiply(PAIRS_LANES, groups, rows, x, packed, factors, y);
 }
 
 VEC_ATTR static __attribute__((noinline)) void pairs_multiply_any(int64_t group, int64_t groups, int64_t rows,
                                                                   pairs_rows x, const __m512i *packed,
-                                                                  const float *factors, uint16_t *y, int64_t y_stride)
+                                                                  const float *factors, pairs_room y)
 {
     if (group == PAIRS_LANES)
-        pairs_multiply_one(groups, rows, x, packed, factors, y, y_stride);
+        pairs_multiply_one(groups, rows, x, packed, factors, y);
     else
-        pairs_multiply(group, groups, rows, x, packed, factors, y, y_stride);
+        pairs_multiply(group, groups, rows, x, packed, factors, y);
 }
 
 /* Whether the functions below take these arguments. From the whole call's shape, so that threads do not matter. */
@@ -165,9 +181,13 @@ VEC_ATTR static void pairs_rotate(const boft_rotate_args *args, const float *fac
     for (int64_t first = 0; first < plan->d; first += span) {
         const int64_t groups = boft_min(span, plan->d - first) / group;
         pairs_pack(group, groups, (const float *)args->blocks + first * group, workspace);
-        const pairs_rows x = {(const uint16_t *)args->x + begin * args->x_stride + first, args->x_stride};
-        pairs_multiply_any(group, groups, end - begin, x, workspace, factors ? factors + begin : NULL,
-                           (uint16_t *)args->y + begin * args->y_stride + first, args->y_stride);
+        for (int64_t row = begin; row < end; row += BOFT_BAND_ROWS) {
+            const int64_t rows = boft_min(BOFT_BAND_ROWS, end - row);
+            const int64_t ahead = boft_ahead(BOFT_BAND_ROWS, row, rows, args->rows);
+            const pairs_rows x = {(const uint16_t *)args->x + row * args->x_stride + first, args->x_stride, ahead};
+            const pairs_room y = {(uint16_t *)args->y + row * args->y_stride + first, args->y_stride, ahead};
+            pairs_multiply_any(group, groups, rows, x, workspace, factors ? factors + row : NULL, y);
+        }
     }
 }
 
@@ -213,6 +233,8 @@ VEC_FN void pairs_gradient_rows(int64_t group, int64_t groups, int64_t rows, pai
                                 float *dblocks, int start)
 {
     for (int64_t g = 0; g < groups; g++, x.data += group, dy.data += group, dblocks += group * group) {
+        pairs_fetch(x, rows, group);
+        pairs_fetch(dy, rows, group);
         pairs_of_group in;
         for (int64_t part = 0; part < group / PAIRS_LANES; part++) {
             __m512i pairs[PAIRS_ROWS / 2];
@@ -264,15 +286,18 @@ VEC_ATTR static void pairs_rotate_backward(const boft_rotate_backward_args *args
             pairs_pack(group, groups, (const float *)args->blocks_back + channel * group, workspace);
         for (int64_t row = first; row < past; row += PAIRS_ROWS) {
             const int64_t rows = boft_min(PAIRS_ROWS, past - row);
-            const pairs_rows dy = {(const uint16_t *)args->dy + row * args->dy_stride + channel, args->dy_stride};
+            const int64_t ahead = boft_ahead(BOFT_BAND_ROWS, row, rows, args->rows);
+            pairs_rows dy = {(const uint16_t *)args->dy + row * args->dy_stride + channel, args->dy_stride, ahead};
             if (dblocks) {
-                const pairs_rows x = {(const uint16_t *)args->x + row * args->x_stride + channel, args->x_stride};
+                const pairs_rows x = {(const uint16_t *)args->x + row * args->x_stride + channel, args->x_stride, ahead};
                 pairs_gradient_any(group, groups, rows, args->transpose ? dy : x, args->transpose ? x : dy, dblocks,
                                    row == first);
+                dy.ahead = 0;
             }
-            if (args->dx)
-                pairs_multiply_any(group, groups, rows, dy, workspace, NULL,
-                                   (uint16_t *)args->dx + row * args->dx_stride + channel, args->dx_stride);
+            if (args->dx) {
+                const pairs_room dx = {(uint16_t *)args->dx + row * args->dx_stride + channel, args->dx_stride, ahead};
+                pairs_multiply_any(group, groups, rows, dy, workspace, NULL, dx);
+            }
         }
     }
 }

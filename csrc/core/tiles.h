@@ -6,14 +6,21 @@
 
 enum {
     /*
-     * Rows that rotate and its backward work on together. With one level of groups of one or two vectors four: rows are
-     * then read as streams across all channels, at FMA peak from cache (two Zen 4 cores: 1.0 times the floor at 1024 x
-     * 768 and 1024 x 2048, where tiles of 32 rows took 1.1 and 3.7 because rows 8 KiB apart share the sets of the
-     * first-level cache). Larger groups are reused over more rows: 8 in the forward of groups of whole vectors
-     * (1024 x 1024, groups of 64: 1.5 times the floor, with 32 rows 1.75), 32 elsewhere (groups of 20: 2.0 instead of
-     * 3.6 with 4 rows; backward of groups of 32 with AVX2 on a Zen 3 core, 512 x 768: 51 GF/s with 4 rows, 70 with 32).
+     * Rows whose sums are in registers together where groups are small: half a vector at most, or one or two vectors. Four
+     * are read as streams across the channels of a tile, at FMA peak from cache (two Zen 4 cores: 1.0 times the floor at
+     * 1024 x 768 and 1024 x 2048, where 32 rows took 1.1 and 3.7 because rows 8 KiB apart share the sets of the first-level
+     * cache; gradients summed over 16 rows in registers: 1.2 and 1.5 instead of 1.15 and 1.25, from memory a quarter more).
      */
-    BOFT_TILE_ROWS_SMALL = 4,
+    BOFT_ROWS_ONCE = 4,
+    /*
+     * Rows that rotate and its backward work on in one tile. With small groups several times as many as at once, as a tile
+     * takes 60 instructions before its first product; but no more where it is converted first, which would fetch too much
+     * at a time (bfloat16 in groups of 8, from memory: 0.7 instead of 0.5 of the time without fetching). The blocks of
+     * larger groups are reused over more rows: 8 in the forward of groups of whole vectors (1024 x 1024, groups of 64: 1.5
+     * times the floor, with 32 rows 1.75), 32 elsewhere (groups of 20: 2.0 instead of 3.6 with 4 rows; backward of groups
+     * of 32 with AVX2 on a Zen 3 core, 512 x 768: 51 GF/s with 4 rows, 70 with 32).
+     */
+    BOFT_TILE_ROWS_SMALL = 16,
     BOFT_TILE_ROWS_MIDDLE = 8,
     BOFT_TILE_ROWS = 32,
     BOFT_SMALL_GROUP = 32,
@@ -24,6 +31,8 @@ enum {
      * Rapids core, 512 x 768 in groups of 16: forward 84 to 98 GF/s, backward 82 to 97; with 64 rows of 2048 channels less).
      */
     BOFT_BAND_ROWS = 16,
+    /* Bytes that the caches of all processors at hand move together. */
+    BOFT_LINE_BYTES = 64,
     /* Channels of a tile, rounded up to whole super groups: strips of it stay in the first-level cache. */
     BOFT_TILE_CHANNELS = 256,
     /* Bytes of blocks that stay in the second-level cache while rows stream by. */
@@ -57,6 +66,56 @@ static inline int64_t boft_quotient_up(int64_t a, int64_t b)
     return (a + b - 1) / b;
 }
 
+/*
+ * Asks for `rows` rows of `count` elements of `size` bytes, `ahead` rows below those at `at`, to be brought into the
+ * second-level cache; for nothing if ahead is 0. Tiles change rows too often for the processor to see streams, and it
+ * cannot look past the multiply-adds of a tile, so it would wait for data from memory after every tile. One Zen 4 core,
+ * 512 rows of 768 channels in groups of 16, as multiples of the time without: from memory float32 rotate 0.57, backward
+ * 0.63, x^T dy alone 0.55; bfloat16 0.80, 0.72 and 0.48, by kernels without bfloat16 instructions 0.57, 0.64 and 0.49;
+ * from the third-level cache float32 rotate 1.05. Into the first-level cache, all of it from memory: 0.88 to 0.95.
+ */
+static inline __attribute__((always_inline)) void boft_fetch(const void *at, int64_t size, int64_t stride, int64_t ahead,
+                                                             int64_t rows, int64_t count)
+{
+    if (!ahead)
+        return;
+    uintptr_t line = (uintptr_t)at + (uintptr_t)(ahead * stride * size);
+#pragma GCC unroll 8
+    for (int64_t t = 0; t < rows; t++, line += (uintptr_t)(stride * size))
+#pragma GCC unroll 2
+        for (int64_t byte = 0; byte < count * size; byte += BOFT_LINE_BYTES)
+            __builtin_prefetch((const void *)(line + (uintptr_t)byte), 0, 2);
+}
+
+/*
+ * The same for the groups of a tile one after the other: the call for group g fetches one row alone, row g % rows, but
+ * for as many groups as there are rows. That takes one register where a line of each row would take several. Complete
+ * where `rows`, a constant, divides the number of groups.
+ */
+static inline __attribute__((always_inline)) void boft_fetch_in_turn(const void *tile, int64_t size, int64_t stride,
+                                                                     int64_t ahead, int64_t rows, int64_t g, int64_t group)
+{
+    const int64_t from = g % rows * stride + g / rows * rows * group;
+    boft_fetch((const char *)tile + from * size, size, stride, ahead, 1, rows * group);
+}
+
+/* How many rows ahead a tile of `rows` rows from `row` on fetches: a band, or none where that is past `all` rows. */
+static inline int64_t boft_ahead(int64_t band, int64_t row, int64_t rows, int64_t all)
+{
+    return row + rows + band <= all ? band : 0;
+}
+
+/* A tile: rows from `row` and channels from `channel` on, and how many rows ahead it fetches. */
+typedef struct boft_tile {
+    int64_t row, rows, channel, channels, ahead;
+} boft_tile;
+
+static inline boft_tile boft_tile_at(int64_t row, int64_t rows, int64_t channel, int64_t channels, int64_t band,
+                                     int64_t all)
+{
+    return (boft_tile){row, rows, channel, channels, boft_ahead(band, row, rows, all)};
+}
+
 /* The first row of split i of n: the splits of a sum over rows, here and in boft.h. */
 static inline int64_t boft_split_begin(int64_t rows, int64_t i, int64_t n)
 {
@@ -75,11 +134,17 @@ static inline int boft_is_small(const boft_plan *plan, int64_t lanes)
     return plan->levels == 1 && (plan->super <= 8 || boft_is_vectors(plan->super, lanes));
 }
 
+/* Rows of a tile of small groups; `straight`: the data are multiplied as they lie. */
+static inline int64_t boft_small_tile_rows(int straight)
+{
+    return straight ? BOFT_TILE_ROWS_SMALL : BOFT_ROWS_ONCE;
+}
+
 /* Rows of a tile of the forward, at most BOFT_TILE_ROWS. */
-static inline int64_t boft_tile_rows(const boft_plan *plan, int64_t lanes)
+static inline int64_t boft_tile_rows(const boft_plan *plan, int64_t lanes, int straight)
 {
     if (boft_is_small(plan, lanes))
-        return BOFT_TILE_ROWS_SMALL;
+        return boft_small_tile_rows(straight);
     const int middle = plan->levels == 1 && plan->super % 16 == 0 && plan->super <= BOFT_MIDDLE_GROUP;
     return middle ? BOFT_TILE_ROWS_MIDDLE : BOFT_TILE_ROWS;
 }
@@ -88,9 +153,9 @@ static inline int64_t boft_tile_rows(const boft_plan *plan, int64_t lanes)
  * Rows of a tile of the backward, at most BOFT_TILE_ROWS. A sum over more rows loads and stores the gradients of larger
  * groups less often.
  */
-static inline int64_t boft_backward_tile_rows(const boft_plan *plan, int64_t lanes)
+static inline int64_t boft_backward_tile_rows(const boft_plan *plan, int64_t lanes, int straight)
 {
-    return boft_is_small(plan, lanes) ? BOFT_TILE_ROWS_SMALL : BOFT_TILE_ROWS;
+    return boft_is_small(plan, lanes) ? boft_small_tile_rows(straight) : BOFT_TILE_ROWS;
 }
 
 /* Rows of a band of tiles of `tall` rows, of which BOFT_BAND_ROWS is a multiple or less. */
