@@ -89,8 +89,10 @@ static inline __attribute__((always_inline)) void boft_fetch(const void *at, int
 
 /*
  * The same for the groups of a tile one after the other: the call for group g fetches one row alone, row g % rows, but
- * for as many groups as there are rows. That takes one register where a line of each row would take several. Complete
- * where `rows`, a constant, divides the number of groups.
+ * for as many groups as there are rows. Complete where `rows`, a constant, divides the number of groups. Lines that follow
+ * each other cost less where the data are in cache already than as many of rows 4 KiB apart do (one Zen 4 core, float32, 512
+ * rows in groups of 16: at 1024 channels rotate 1.11 times the floor instead of 1.16, x^T dy 1.17 instead of 1.26; at 768
+ * equal within 2 %), and from memory 1 to 7 % more.
  */
 static inline __attribute__((always_inline)) void boft_fetch_in_turn(const void *tile, int64_t size, int64_t stride,
                                                                      int64_t ahead, int64_t rows, int64_t g, int64_t group)
