@@ -40,7 +40,7 @@ def without_kernels() -> Iterator[None]:
 
 @contextlib.contextmanager
 def cpu_variant(name: str) -> Iterator[None]:
-    """Within the block the CPU kernels are those of a variant: "avx512bf16", "avx512", "avx2", "portable" or
+    """Within the block the CPU kernels are those of a variant: "amx", "avx512bf16", "avx512", "avx2", "portable" or
     "scalar".
 
     ValueError if this processor cannot run it. For tests and benchmarks; not while other threads compute.

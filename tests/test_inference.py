@@ -58,12 +58,14 @@ def test_few_rows_of_a_large_weight(dtype, bias, layout, rows, seed):
     x = torch.randn(*rows, 512)[..., ::2].to(dtype)
     with torch.no_grad():
         ours, *others = results_with_threads(lambda: layer(x))
-        assert all(torch.equal(ours, other) for other in others)
+        # torch multiplies by columns, and on some processors adds up in another order with two threads.
+        assert layout == "columns" or all(torch.equal(ours, other) for other in others)
         exact = copy.deepcopy(layer).double()(x.double())
         layer.base_layer.register_forward_pre_hook(lambda module, args: None)
         theirs = layer(x)
     assert ours.shape == (*rows, 300) and ours.dtype == dtype
-    assert_as_exact_as_torch("y", ours, theirs, exact)
+    for y in (ours, *others):
+        assert_as_exact_as_torch("y", y, theirs, exact)
 
 
 def test_autocast_decides_the_dtype():

@@ -1,6 +1,7 @@
 """A linear layer in training, which is one function of the compiled module: the same bits as its parts one by one."""
 
 import copy
+import functools
 import gc
 import math
 import weakref
@@ -11,6 +12,7 @@ from linear_layers import (
     DTYPES,
     SHAPES,
     assert_as_in_parts,
+    assert_near,
     assert_same,
     in_parts,
     make_layer,
@@ -75,12 +77,12 @@ def test_an_output_may_be_changed_in_place(change, checkpointed, rows, seed):
 
     y = checkpoint(output, use_reentrant=False) if checkpointed else output()
     ours = torch.autograd.grad(y, inputs, dy, retain_graph=not checkpointed)
+    # Many rows are multiplied in parts, whose sums may be in another order.
+    assert_equal = assert_same if rows < 512 else assert_near
     if not checkpointed:
-        assert_same(ours, torch.autograd.grad(y, inputs, dy, create_graph=True))
+        assert_equal(ours, torch.autograd.grad(y, inputs, dy, create_graph=True))
     in_parts(layer)
-    wanted = torch.autograd.grad(output(), inputs, dy)
-    for one, other in zip(ours, wanted, strict=True):
-        torch.testing.assert_close(one, other)
+    assert_near(ours, torch.autograd.grad(output(), inputs, dy))
 
 
 def test_an_output_that_the_next_operation_saves_is_saved_once():
@@ -112,12 +114,13 @@ def test_many_rows(shape, dtype, near_one, bias, rows, seed):
     ours = run_with_threads(layer, x, dy)
     in_parts(layer)
     # A product of fewer rows may be summed in another order.
-    assert_as_in_parts(ours, run(layer, x, dy), near_one, dtype, torch.testing.assert_close)
+    near = functools.partial(assert_near, dtype=dtype)
+    assert_as_in_parts(ours, run(layer, x, dy), near_one, dtype, near)
     with torch.no_grad():
         layer.eval()
         separate = layer(x)
         layer.base_layer._forward_pre_hooks.clear()
-        torch.testing.assert_close(layer(x), separate)
+        near([layer(x)], [separate])
 
 
 @pytest.mark.parametrize("need_x", [False, True])

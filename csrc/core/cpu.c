@@ -1,6 +1,13 @@
 /* Choice of the kernel table at run time. */
+#define _DEFAULT_SOURCE /* syscall */
 #include "kernels.h"
 #include "status.h"
+
+#ifdef BOFT_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -8,6 +15,9 @@
 
 /* Best first. */
 static const boft_kernels *const variants[] = {
+#ifdef BOFT_AMX
+    &boft_kernels_amx,
+#endif
 #ifdef BOFT_X86
     &boft_kernels_avx512bf16,
     &boft_kernels_avx512,
@@ -21,11 +31,32 @@ enum { VARIANTS = sizeof variants / sizeof *variants };
 
 static _Atomic(const boft_kernels *) current;
 
+#ifdef BOFT_AMX
+/* amx-tile and amx-bf16, which __builtin_cpu_supports does not know in every compiler. */
+static int has_tiles(void)
+{
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1);
+}
+
+/* Linux gives a process the tile registers when it asks for them, where the system saves them at all. */
+static int tiles_are_allowed(void)
+{
+    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+}
+#endif
+
 /* __builtin_cpu_supports looks at CPUID and at what the operating system saves (XCR0). */
 static int supported(const boft_kernels *kernels)
 {
 #ifdef BOFT_X86
     __builtin_cpu_init();
+#ifdef BOFT_AMX
+    if (kernels == &boft_kernels_amx)
+        return supported(&boft_kernels_avx512bf16) && __builtin_cpu_supports("avx512vbmi") && has_tiles() &&
+               tiles_are_allowed();
+#endif
     if (kernels == &boft_kernels_avx512bf16)
         return supported(&boft_kernels_avx512) && __builtin_cpu_supports("avx512bf16");
     if (kernels == &boft_kernels_avx512)
@@ -92,6 +123,9 @@ boft_status boft_cpu_select(const char *name)
     const boft_kernels *kernels = find(asked);
     if (!kernels)
         return boft_refuse(BOFT_BAD_ARGUMENT, "%s %s is unknown; this build has %s%s", source, asked,
+#ifdef BOFT_AMX
+                           "amx, "
+#endif
 #ifdef BOFT_X86
                            "avx512bf16, avx512, avx2, ",
 #else

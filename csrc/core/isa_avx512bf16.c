@@ -5,6 +5,7 @@
 #define VEC_NATIVE_BF16
 #include "vec_avx512.h"
 
+#define BF16_KERNELS "rotate_pairs.h"
 #define KERNELS boft_kernels_avx512bf16
 #define KERNELS_NAME "avx512bf16"
 #include "variant_template.h"

@@ -33,6 +33,11 @@ extern const boft_kernels boft_kernels_portable;
 extern const boft_kernels boft_kernels_avx2;
 extern const boft_kernels boft_kernels_avx512;
 extern const boft_kernels boft_kernels_avx512bf16;
+/* Tiles are Linux's to allow, and newer than the oldest compilers. */
+#if defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
+#define BOFT_AMX 1
+extern const boft_kernels boft_kernels_amx;
+#endif
 #endif
 
 /* The table in use; never NULL. */

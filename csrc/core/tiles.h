@@ -101,6 +101,42 @@ static inline __attribute__((always_inline)) void boft_fetch_in_turn(const void 
     boft_fetch((const char *)tile + from * size, size, stride, ahead, 1, rows * group);
 }
 
+/* Rows of a tile that lie ahead, `bytes` each, which are fetched bit by bit in the order in which they lie. */
+typedef struct boft_stream {
+    uintptr_t row;
+    int64_t bytes, stride, at;
+} boft_stream;
+
+static inline boft_stream boft_stream_of(const void *tile, int64_t size, int64_t stride, int64_t ahead, int64_t count)
+{
+    const uintptr_t row = (uintptr_t)tile + (uintptr_t)(ahead * stride * size);
+    return (boft_stream){row, ahead ? count * size : 0, stride * size, 0};
+}
+
+/*
+ * Fetches the next `lines` lines of a stream; nothing if its rows are not to be fetched. For tiles of more rows than
+ * the processor can follow as streams of its own: one Sapphire Rapids core, bfloat16, 788 x 384 in groups of 16 over
+ * 32 rows by AMX, from memory: rotate 0.61 and x^T dy 0.63 of the time with boft_fetch for the columns of a group, from
+ * cache 0.80 and 0.76.
+ */
+static inline __attribute__((always_inline)) void boft_fetch_next(boft_stream *stream, int64_t lines)
+{
+    if (!stream->bytes)
+        return;
+    while (lines > 0) {
+        const int64_t own = boft_min(lines, boft_quotient_up(stream->bytes - stream->at, BOFT_LINE_BYTES));
+        const uintptr_t from = stream->row + (uintptr_t)stream->at;
+        for (int64_t i = 0; i < own; i++)
+            __builtin_prefetch((const void *)(from + (uintptr_t)(i * BOFT_LINE_BYTES)), 0, 2);
+        lines -= own;
+        stream->at += own * BOFT_LINE_BYTES;
+        if (stream->at >= stream->bytes) {
+            stream->at = 0;
+            stream->row += (uintptr_t)stream->stride;
+        }
+    }
+}
+
 /* How many rows ahead a tile of `rows` rows from `row` on fetches: a band, or none where that is past `all` rows. */
 static inline int64_t boft_ahead(int64_t band, int64_t row, int64_t rows, int64_t all)
 {

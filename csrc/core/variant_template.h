@@ -1,6 +1,7 @@
 /*
- * Every vector kernel of one variant, as the table KERNELS. The including file has included a vec_*.h before and defines
- * KERNELS and KERNELS_NAME. REAL is the type of the arithmetic, FN(x) and VEC(x) name functions and vectors of it.
+ * Every vector kernel of one variant, as the table KERNELS. The including file has included a vec_*.h before and
+ * defines KERNELS, KERNELS_NAME and, where bfloat16 data is multiplied as it lies, BF16_KERNELS, the file that does it.
+ * REAL is the type of the arithmetic, FN(x) and VEC(x) name functions and vectors of it.
  */
 #include "digest_keys.h"
 #include "gather.h"
@@ -65,21 +66,23 @@
 #undef FN
 #undef VEC
 
-#ifdef VEC_NATIVE_BF16
-#include "rotate_pairs.h"
+#ifdef BF16_KERNELS
+#include "bf16_rows.h"
+#include BF16_KERNELS
+#include "rotate_bf16.h"
 
 static void rotate_any(const boft_rotate_args *args, const void *factors, int64_t begin, int64_t end, void *workspace)
 {
-    if (pairs_serve(args->plan, args->dtype, args->rows))
-        pairs_rotate(args, factors, begin, end, workspace);
+    if (bf16_serves(args->plan, args->dtype, args->rows))
+        bf16_rotate(args, factors, begin, end, workspace);
     else
         rotate_of_float(args, factors, begin, end, workspace);
 }
 
 static void rotate_backward_any(const boft_rotate_backward_args *args, int64_t begin, int64_t end, void *workspace)
 {
-    if (pairs_serve(args->plan, args->dtype, args->rows))
-        pairs_rotate_backward(args, begin, end, workspace);
+    if (bf16_serves(args->plan, args->dtype, args->rows))
+        bf16_rotate_backward(args, begin, end, workspace);
     else
         rotate_backward_of_float(args, begin, end, workspace);
 }

@@ -5,13 +5,17 @@
  * lane from[i]); for 16-bit data, load, loadn, store and storen with suffixes _bf16 and _f16 that convert
  * VEC_LANES_float values from and to vec_float; vec_words, as many 64-bit numbers as vec_double has lanes, with set1,
  * load, store, add, xor, swap (lanes 2 i and 2 i + 1) and multiply_halves (the upper 32 bits of each times its lower).
- * Included once in a source, by isa_avx512.c and, with VEC_NATIVE_BF16 defined, by isa_avx512bf16.c.
+ * Included once in a source: by isa_avx512.c; with VEC_NATIVE_BF16 defined by isa_avx512bf16.c; with VEC_NATIVE_TILES
+ * besides by isa_amx.c.
  */
 #include "convert.h"
 
 #include <immintrin.h>
 
-#ifdef VEC_NATIVE_BF16
+#if defined(VEC_NATIVE_TILES)
+#define VEC_ATTR                                                                                                       \
+    __attribute__((target("amx-tile,amx-bf16,avx512vbmi,avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
+#elif defined(VEC_NATIVE_BF16)
 #define VEC_ATTR __attribute__((target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
 #else
 #define VEC_ATTR __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))

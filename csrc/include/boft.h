@@ -57,18 +57,21 @@ BOFT_API const char *boft_last_error(void);
 /* ---- Choice of kernels ------------------------------------------------------------------------------------------ */
 
 /*
- * The variants this build knows, by index from 0, each able to do more than the next: "avx512bf16", "avx512", "avx2",
- * "portable", "scalar"; NULL past the end. "scalar" is the reference that all others are tested against; "portable" uses
- * compiler vectors and no x86 header.
+ * The variants this build knows, by index from 0, each able to do more than the next: "amx" (on Linux), "avx512bf16",
+ * "avx512", "avx2", "portable", "scalar"; NULL past the end. "scalar" is the reference that all others are tested
+ * against; "portable" uses compiler vectors and no x86 header.
  */
 BOFT_API const char *boft_cpu_variant(int index);
 
-/* 1 if this processor and operating system can run the variant of that name, 0 if not or if the name is unknown. */
+/*
+ * 1 if this processor and operating system can run the variant of that name, 0 if not or if the name is unknown. For "amx"
+ * the process asks Linux for the tile registers.
+ */
 BOFT_API int boft_cpu_supported(const char *name);
 
 /*
  * Use the variant `name` from now on; NULL means the environment variable BOFT_CPU if set, otherwise the fastest that is
- * supported (on Intel's processors avx512, although they have the instructions of avx512bf16). BOFT_BAD_ARGUMENT if it is
+ * supported (on Intel's processors without AMX avx512, although they have avx512bf16). BOFT_BAD_ARGUMENT if it is
  * unknown or not supported; the choice then stays. Without a call, the first kernel chooses as for NULL, falling back to
  * the fastest on a bad BOFT_CPU. Not while other threads run kernels.
  */

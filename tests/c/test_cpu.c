@@ -8,6 +8,26 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#if defined(__x86_64__) && !defined(BOFT_PORTABLE) && defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
+#define WITH_AMX
+
+/* Whether the system says that this processor has the feature. */
+static int system_has(const char *feature)
+{
+    char line[8192], wanted[64];
+    int has = 0;
+    FILE *file = fopen("/proc/cpuinfo", "r");
+    snprintf(wanted, sizeof wanted, " %s ", feature);
+    while (file && !has && fgets(line, sizeof line, file)) {
+        line[strcspn(line, "\n")] = ' ';
+        has = strncmp(line, "flags", 5) == 0 && strstr(line, wanted) != NULL;
+    }
+    if (file)
+        fclose(file);
+    return has;
+}
+#endif
+
 /* Where nothing is asked for: the first that is supported, but not the slow bfloat16 instructions of Intel's processors. */
 static const char *by_itself(void)
 {
@@ -23,7 +43,9 @@ static const char *by_itself(void)
 
 static void test_names(void)
 {
-#if defined(__x86_64__) && !defined(BOFT_PORTABLE)
+#if defined(WITH_AMX)
+    const char *const wanted[] = {"amx", "avx512bf16", "avx512", "avx2", "portable", "scalar"};
+#elif defined(__x86_64__) && !defined(BOFT_PORTABLE)
     const char *const wanted[] = {"avx512bf16", "avx512", "avx2", "portable", "scalar"};
 #else
     const char *const wanted[] = {"portable", "scalar"};
@@ -52,6 +74,12 @@ static void test_support(void)
     const int avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
     EXPECT(boft_cpu_supported("avx512bf16") == (avx512bf16 != 0), "avx512bf16: %d", boft_cpu_supported("avx512bf16"));
     EXPECT(boft_cpu_supported("avx512") == (avx512 != 0), "avx512: %d", boft_cpu_supported("avx512"));
+#ifdef WITH_AMX
+    const int amx = avx512bf16 && system_has("amx_tile") && system_has("amx_bf16") && system_has("avx512vbmi");
+    EXPECT(boft_cpu_supported("amx") == amx, "amx: %d", boft_cpu_supported("amx"));
+#else
+    EXPECT(boft_cpu_supported("amx") == 0, "a build without it has amx");
+#endif
 #else
     EXPECT(boft_cpu_supported("avx2") == 0, "a portable build has avx2");
 #endif

@@ -1,0 +1,68 @@
+/*
+ * bfloat16 data that is multiplied as it lies, and blocks as pairs of bfloat16 numbers: what rotate_pairs.h and
+ * rotate_amx.h share. Each of them gives rotate_bf16.h
+ *
+ *   BF16_ROWS, BF16_BACK_ROWS  rows of a tile of the forward and of the backward; fetched are those one band ahead
+ *   bf16_begin, bf16_end       around every use of the others
+ *   bf16_pack                  the blocks of a span for bf16_multiply, in as many bytes as they have as floats
+ *   bf16_multiply              y = x R for the rows of a tile, row t times factors[t] unless that is NULL
+ *   bf16_gradient              dblocks += x^T dy for the rows of a tile, or = if `start`
+ *
+ * The instructions of both take subnormal numbers for zeros, far below the rounding of any result that is not itself
+ * one.
+ */
+
+/* Element (t, j) of the data lies at t stride + j. Rows to fetch into cache lie `ahead` below; 0 for none. */
+typedef struct bf16_rows {
+    const uint16_t *data;
+    int64_t stride, ahead;
+} bf16_rows;
+
+/* Rows to write. */
+typedef struct bf16_room {
+    uint16_t *data;
+    int64_t stride, ahead;
+} bf16_room;
+
+/* Channels of a vector, and of the smallest group. */
+enum { BF16_LANES = 16 };
+
+/* Fetches the `group` channels at hand of the rows ahead. */
+VEC_FN void bf16_fetch(bf16_rows x, int64_t rows, int64_t group)
+{
+    boft_fetch(x.data, sizeof *x.data, x.stride, x.ahead, rows, group);
+}
+
+VEC_FN bf16_rows bf16_rows_of(bf16_room room)
+{
+    return (bf16_rows){room.data, room.stride, room.ahead};
+}
+
+/* 16 pairs: a below, b above. */
+VEC_FN __m512i pairs_of(__m256i a, __m256i b)
+{
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(a), _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16));
+}
+
+/*
+ * Blocks, minus the identity if `rest`, each entry as the sum of two bfloat16 numbers hi + lo, as pairs of rows 2p and
+ * 2p + 1: `group` pairs of hi, then `group` of lo, for each p.
+ */
+VEC_FN void bf16_split(const int rest, int64_t group, int64_t groups, const float *blocks, __m512i *packed)
+{
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (int64_t row = 0; row < groups * group; row += 2, blocks += 2 * group)
+        for (int64_t j = 0; j < group; j += BF16_LANES) {
+            __m256i hi[2], lo[2];
+            for (int i = 0; i < 2; i++) {
+                const __m512i own = _mm512_set1_epi32((int32_t)(row % group + i - j));
+                const __mmask16 diagonal = rest ? _mm512_cmpeq_epi32_mask(lane, own) : 0;
+                const vec_float one = _mm512_maskz_mov_ps(diagonal, set1_float(1));
+                const vec_float e = sub_float(load_float(blocks + i * group + j), one);
+                hi[i] = narrow_bf16(e);
+                lo[i] = narrow_bf16(sub_float(e, widen_bf16(hi[i])));
+            }
+            packed[(row * group + j) / BF16_LANES] = pairs_of(hi[0], hi[1]);
+            packed[((row + 1) * group + j) / BF16_LANES] = pairs_of(lo[0], lo[1]);
+        }
+}
