@@ -247,6 +247,8 @@ VEC_ATTR static __attribute__((noinline)) void bf16_gradient(int64_t group, int6
 {
     if (group == BF16_LANES && rows == BF16_BACK_ROWS)
         amx_gradient_one(groups, x, dy, dblocks, start);
+    else if (group == BF16_LANES)
+        amx_gradient_rows(BF16_LANES, groups, rows, x, dy, dblocks, start);
     else
         amx_gradient_rows(group, groups, rows, x, dy, dblocks, start);
 }

@@ -2,8 +2,6 @@
 #include "arguments.h"
 #include "ops.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 namespace boft {
@@ -46,8 +44,8 @@ Blocks::Blocks(const Tensor& boft_R, const std::optional<Tensor>& keep_any)
       dtype(data_dtype(boft_R, "boft_R")),
       keep(keep_any, plan.m * plan.blocks),
       a(boft_R.contiguous()),
-      blocks(at::empty({plan.count}, a.options())),
-      q(plan.m == 1 ? at::empty({0}, a.options()) : at::empty_like(a)) {}
+      blocks(empty_contiguous(a, {plan.count})),
+      q(plan.m == 1 ? empty_contiguous(a, {0}) : empty_contiguous(a)) {}
 
 BlocksBackward::BlocksBackward(const Tensor& dblocks_any, const Tensor& q_any, const std::optional<Tensor>& keep_any)
     : plan(plan_of(q_any, "q")), dtype(data_dtype(q_any, "q")), keep(keep_any, plan.m * plan.blocks) {
@@ -57,7 +55,7 @@ BlocksBackward::BlocksBackward(const Tensor& dblocks_any, const Tensor& q_any, c
                    ", got ", dblocks_any.scalar_type());
   dblocks = dblocks_any.contiguous();
   q = q_any.contiguous();
-  da = at::empty_like(q);
+  da = empty_contiguous(q);
 }
 
 std::tuple<Tensor, Tensor> blocks_cpu(const Tensor& boft_R, const std::optional<Tensor>& keep) {

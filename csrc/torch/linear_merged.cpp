@@ -5,8 +5,6 @@
 #include "parts.h"
 #include "product.h"
 
-#include <ATen/ops/empty_like.h>
-
 namespace boft {
 namespace {
 
@@ -17,21 +15,25 @@ Tensor merged_weight(const Layer& layer, const Tensor& blocks) {
   return rotated_cpu(call, call.factors_data());
 }
 
-// Every block of `gram` times the block of R: its rows rotated, as the rows of a layer of one group.
-Tensor times_blocks(const boft_plan& plan, const Layer& layer, const Tensor& gram, const Tensor& blocks) {
-  const boft_plan one = make_plan(plan.super, layer.b, layer.m);
-  const boft_dtype real = data_dtype(gram, "dblocks");
-  const int64_t square = plan.super * plan.super, size = gram.element_size();
-  const Tensor product = at::empty_like(gram);
+// The sum of what `gram` computed of its splits, every block of it times the block of R: its rows rotated, as the rows of
+// a layer of one group.
+Tensor sum_times_blocks(const RotateBackwardSplits& gram, const Layer& layer, const Tensor& blocks) {
+  const boft_plan &plan = gram.plan, one = make_plan(plan.super, layer.b, layer.m);
+  const boft_dtype real = data_dtype(blocks, "blocks");
+  const int64_t square = plan.super * plan.super, size = blocks.element_size();
+  const Tensor sum = gram.dblocks, product = empty_contiguous(sum);
   const auto block = [&](auto* data, int64_t group) { return row_of(data, group, square, size); };
-  parallel(plan.d / plan.super, plan.count * plan.super, boft_rotate_workspace(&one, real),
+  parallel(plan.d / plan.super, plan.count * (plan.super + gram.splits), boft_rotate_workspace(&one, real),
            [&](int64_t begin, int64_t end, void* workspace) {
+             if (gram.parts.defined())
+               check(boft_sum_splits(real, gram.splits, plan.count, gram.parts.const_data_ptr(), sum.mutable_data_ptr(),
+                                     begin * square, end * square));
              for (int64_t group = begin; group < end; group++) {
                const boft_rotate_args rotate = {&one,
                                                 real,
                                                 0,
                                                 plan.super,
-                                                block(gram.const_data_ptr(), group),
+                                                block(sum.const_data_ptr(), group),
                                                 plan.super,
                                                 block(blocks.const_data_ptr(), group),
                                                 block(product.mutable_data_ptr(), group),
@@ -100,8 +102,7 @@ Gradients merged_backward(const Layer& layer, const Tensor& blocks, const Activa
                     dx_rows.narrow(0, first, past - first));
     check(sum_gram(tasks * part / parts, tasks * (part + 1) / parts, desk.workspace.get()));
   });
-  gram.sum();
-  return {dx, need.boft_R ? times_blocks(plan, layer, gram.dblocks, blocks) : Tensor(),
+  return {dx, need.boft_R ? sum_times_blocks(gram, layer, blocks) : Tensor(),
           need.s ? sum_splits(scale.ds, layer.factors) : Tensor()};
 }
 

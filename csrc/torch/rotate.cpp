@@ -5,7 +5,6 @@
 
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -37,7 +36,7 @@ int64_t work_per_element(const boft_plan& plan) {
 
 Tensor transposed(const boft_plan& plan, const Tensor& blocks) {
   const boft_dtype real = data_dtype(blocks, "blocks");
-  Tensor out = at::empty_like(blocks);
+  Tensor out = empty_contiguous(blocks);
   for (int64_t i = 0; i < plan.levels; i++) {
     const int64_t group = plan.level[i].group, groups = plan.d / group;
     parallel(groups, groups * group * group, 0, [&](int64_t begin, int64_t end, void*) {
@@ -188,8 +187,8 @@ RotateBackward::RotateBackward(const Tensor& dy, const Tensor& x, const Tensor& 
       grad(dy),
       in(need_blocks ? x : dy),
       blocks(blocks_any.contiguous()),
-      dx(!need_x ? at::empty({0}, dy.options()) : in_place ? dy : empty_contiguous(dy)),
-      dblocks(at::empty({need_blocks ? plan.count : 0}, blocks.options())),
+      dx(!need_x ? empty_contiguous(dy, {0}) : in_place ? dy : empty_contiguous(dy)),
+      dblocks(empty_contiguous(blocks, {need_blocks ? plan.count : 0})),
       args{} {
   args.plan = &plan;
   args.dtype = dtype;
@@ -216,7 +215,7 @@ RotateBackwardSplits::RotateBackwardSplits(const Tensor& dy, const Tensor& x, co
   args.blocks = (transpose ? flipped : blocks).const_data_ptr();
   args.blocks_back = (transpose ? blocks : flipped).const_data_ptr();
   if (!need_blocks || splits == 1) return;
-  parts = at::empty({splits, plan.count}, blocks.options());
+  parts = empty_contiguous(blocks, {splits, plan.count});
   args.dblocks = parts.mutable_data_ptr();
 }
 
