@@ -6,7 +6,8 @@
  *   bf16_begin, bf16_end       around every use of the others
  *   bf16_pack                  the blocks of a span for bf16_multiply, in as many bytes as they have as floats
  *   bf16_multiply              y = x R for the rows of a tile, row t times factors[t] unless that is NULL
- *   bf16_gradient              dblocks += x^T dy for the rows of a tile, or = if `start`
+ *   bf16_gradient_rows         dblocks += x^T dy for the rows of a tile, or = if `start`; inlined where some of its
+ *                              arguments are constants
  *
  * The instructions of both take subnormal numbers for zeros, far below the rounding of any result that is not itself
  * one.

@@ -200,8 +200,8 @@ VEC_FN void amx_keep(const vec_float pairs[AMX_ROWS], amx_tile *tile)
         store_float(tile->real[q], pairs[q]);
 }
 
-VEC_FN void amx_gradient_rows(int64_t group, int64_t groups, int64_t rows, bf16_rows x, bf16_rows dy, float *dblocks,
-                              int start)
+VEC_FN void bf16_gradient_rows(int64_t group, int64_t groups, int64_t rows, bf16_rows x, bf16_rows dy, float *dblocks,
+                               int start)
 {
     const size_t stride = (size_t)group * sizeof *dblocks;
     boft_stream x_ahead = amx_stream(x, groups * group), dy_ahead = amx_stream(dy, groups * group);
@@ -234,23 +234,6 @@ VEC_FN void amx_gradient_rows(int64_t group, int64_t groups, int64_t rows, bf16_
             }
         }
     }
-}
-
-VEC_ATTR static __attribute__((noinline)) void amx_gradient_one(int64_t groups, bf16_rows x, bf16_rows dy,
-                                                                float *dblocks, int start)
-{
-    amx_gradient_rows(BF16_LANES, groups, BF16_BACK_ROWS, x, dy, dblocks, start);
-}
-
-VEC_ATTR static __attribute__((noinline)) void bf16_gradient(int64_t group, int64_t groups, int64_t rows, bf16_rows x,
-                                                             bf16_rows dy, float *dblocks, int start)
-{
-    if (group == BF16_LANES && rows == BF16_BACK_ROWS)
-        amx_gradient_one(groups, x, dy, dblocks, start);
-    else if (group == BF16_LANES)
-        amx_gradient_rows(BF16_LANES, groups, rows, x, dy, dblocks, start);
-    else
-        amx_gradient_rows(group, groups, rows, x, dy, dblocks, start);
 }
 
 #undef SUMS

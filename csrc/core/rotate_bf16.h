@@ -9,6 +9,26 @@ static inline int bf16_serves(const boft_plan *plan, boft_dtype dtype, int64_t r
     return dtype == BOFT_BF16 && boft_goes_in_pairs(plan) && rows >= BOFT_PAIRS_ROWS_MIN;
 }
 
+/* Not inlined, and with the smallest group as a constant, so that its loops have the registers to themselves. */
+VEC_ATTR static __attribute__((noinline)) void bf16_gradient_one(int64_t groups, bf16_rows x, bf16_rows dy, float *dblocks,
+                                                                 int start)
+{
+    bf16_gradient_rows(BF16_LANES, groups, BF16_BACK_ROWS, x, dy, dblocks, start);
+}
+
+VEC_ATTR static __attribute__((noinline)) void bf16_gradient(int64_t group, int64_t groups, int64_t rows, bf16_rows x,
+                                                             bf16_rows dy, float *dblocks, int start)
+{
+    if (group == BF16_LANES && rows == BF16_BACK_ROWS)
+        bf16_gradient_one(groups, x, dy, dblocks, start);
+    else if (rows == BF16_BACK_ROWS)
+        bf16_gradient_rows(group, groups, BF16_BACK_ROWS, x, dy, dblocks, start);
+    else if (group == BF16_LANES)
+        bf16_gradient_rows(BF16_LANES, groups, rows, x, dy, dblocks, start);
+    else
+        bf16_gradient_rows(group, groups, rows, x, dy, dblocks, start);
+}
+
 VEC_ATTR static void bf16_rotate(const boft_rotate_args *args, const float *factors, int64_t begin, int64_t end,
                                  void *workspace)
 {

@@ -168,8 +168,8 @@ VEC_FN void pairs_gradient_panel(const int vectors, int64_t group, int64_t colum
             }
 }
 
-VEC_FN void pairs_gradient_rows(int64_t group, int64_t groups, int64_t rows, bf16_rows x, bf16_rows dy,
-                                float *dblocks, int start)
+VEC_FN void bf16_gradient_rows(int64_t group, int64_t groups, int64_t rows, bf16_rows x, bf16_rows dy, float *dblocks,
+                               int start)
 {
     for (int64_t g = 0; g < groups; g++, x.data += group, dy.data += group, dblocks += group * group) {
         bf16_fetch(x, rows, group);
@@ -188,23 +188,4 @@ VEC_FN void pairs_gradient_rows(int64_t group, int64_t groups, int64_t rows, bf1
         if (column < group)
             pairs_gradient_panel(1, group, column, rows, in, dy, dblocks, start);
     }
-}
-
-VEC_ATTR static __attribute__((noinline)) void pairs_gradient_one(int64_t groups, bf16_rows x, bf16_rows dy,
-                                                                  float *dblocks, int start)
-{
-    pairs_gradient_rows(BF16_LANES, groups, BF16_BACK_ROWS, x, dy, dblocks, start);
-}
-
-/* dblocks += x^T dy over `rows` rows (at most BF16_BACK_ROWS) of whole groups, or = if `start`. */
-VEC_ATTR static __attribute__((noinline)) void bf16_gradient(int64_t group, int64_t groups, int64_t rows,
-                                                                  bf16_rows x, bf16_rows dy, float *dblocks,
-                                                                  int start)
-{
-    if (group == BF16_LANES && rows == BF16_BACK_ROWS)
-        pairs_gradient_one(groups, x, dy, dblocks, start);
-    else if (rows == BF16_BACK_ROWS)
-        pairs_gradient_rows(group, groups, BF16_BACK_ROWS, x, dy, dblocks, start);
-    else
-        pairs_gradient_rows(group, groups, rows, x, dy, dblocks, start);
 }
