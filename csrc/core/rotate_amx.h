@@ -145,20 +145,18 @@ VEC_FN void amx_multiply_rows(const int tiles, int64_t group, int64_t groups, in
     }
 }
 
-/* Not inlined, so that their loops have the registers to themselves, and with the smallest group as a constant. */
-VEC_ATTR static __attribute__((noinline)) void amx_multiply_one(int64_t groups, int64_t rows, bf16_rows x,
-                                                                const __m512i *packed, const float *factors,
-                                                                bf16_room y)
+/* Not inlined, so that its loops have the registers to themselves, and with the smallest group as a constant. */
+VEC_ATTR static __attribute__((noinline)) void amx_multiply_one(int64_t groups, bf16_rows x, const __m512i *packed,
+                                                                const float *factors, bf16_room y)
 {
     amx_multiply_rows(2, BF16_LANES, groups, BF16_ROWS, x, packed, factors, y);
-    (void)rows;
 }
 
 VEC_ATTR static __attribute__((noinline)) void bf16_multiply(int64_t group, int64_t groups, int64_t rows, bf16_rows x,
                                                              const __m512i *packed, const float *factors, bf16_room y)
 {
     if (group == BF16_LANES && rows == BF16_ROWS)
-        amx_multiply_one(groups, rows, x, packed, factors, y);
+        amx_multiply_one(groups, x, packed, factors, y);
     else if (rows > AMX_ROWS)
         amx_multiply_rows(2, group, groups, rows, x, packed, factors, y);
     else

@@ -10,8 +10,8 @@ static inline int bf16_serves(const boft_plan *plan, boft_dtype dtype, int64_t r
 }
 
 /* Not inlined, and with the smallest group as a constant, so that its loops have the registers to themselves. */
-VEC_ATTR static __attribute__((noinline)) void bf16_gradient_one(int64_t groups, bf16_rows x, bf16_rows dy, float *dblocks,
-                                                                 int start)
+VEC_ATTR static __attribute__((noinline)) void bf16_gradient_one(int64_t groups, bf16_rows x, bf16_rows dy,
+                                                                 float *dblocks, int start)
 {
     bf16_gradient_rows(BF16_LANES, groups, BF16_BACK_ROWS, x, dy, dblocks, start);
 }

@@ -15,8 +15,8 @@ Tensor merged_weight(const Layer& layer, const Tensor& blocks) {
   return rotated_cpu(call, call.factors_data());
 }
 
-// The sum of what `gram` computed of its splits, every block of it times the block of R: its rows rotated, as the rows of
-// a layer of one group.
+// The sum of what `gram` computed of its splits, every block of it times the block of R: its rows rotated, as the rows
+// of a layer of one group.
 Tensor sum_times_blocks(const RotateBackwardSplits& gram, const Layer& layer, const Tensor& blocks) {
   const boft_plan &plan = gram.plan, one = make_plan(plan.super, layer.b, layer.m);
   const boft_dtype real = data_dtype(blocks, "blocks");
