@@ -58,12 +58,11 @@ def assert_same(ours, theirs):
 
 
 def assert_near(ours, theirs, dtype=None):
-    """Equal but for roundings, to their own dtypes or to `dtype` on the way."""
+    """Equal but for roundings to their own dtypes, and a fraction of those to `dtype` on the way."""
     for one, other in zip(ours, theirs, strict=True):
         assert (one is None) == (other is None)
         if one is not None:
-            rounded = dtype or one.dtype
-            assert relative_error(one, other) < 4 * torch.finfo(rounded).eps + FLOORS[rounded]
+            assert relative_error(one, other) < 4 * torch.finfo(one.dtype).eps + FLOORS[dtype or one.dtype]
 
 
 def run_with_threads(layer, x, dy):

@@ -99,9 +99,9 @@ VEC_FN void amx_multiply_rows(const int tiles, int64_t group, int64_t groups, in
                               const __m512i *packed, const float *factors, bf16_room y)
 {
     const int64_t depth = amx_depth(group), across = group / BF16_LANES, pairs_bytes = 2 * across * BOFT_LINE_BYTES;
-    /* Every column of tiles reads the whole group, which y in the place of x would change. */
     boft_stream x_ahead = amx_stream(x, groups * group), y_ahead = amx_stream(bf16_rows_of(y), groups * group);
     const int64_t lines = amx_lines(BF16_ROWS, group);
+    /* Every column of tiles reads the whole group, which y in the place of x would change. */
     const int copied = rows < tiles * AMX_ROWS || (y.data == x.data && group > BF16_LANES);
     for (int64_t g = 0; g < groups; g++, x.data += group, y.data += group, packed += group * across) {
         boft_fetch_next(&x_ahead, lines);
@@ -163,39 +163,21 @@ VEC_ATTR static __attribute__((noinline)) void bf16_multiply(int64_t group, int6
         amx_multiply_rows(1, group, groups, rows, x, packed, factors, y);
 }
 
-/* 16 pairs of two rows, in the order of channels. */
-VEC_FN __m512i amx_pairs(const uint16_t *above, const uint16_t *below)
+/* `rows` rows of 16 channels as pairs of rows: row q of the tile has pair q of every channel, transposed row k all pairs
+ * of channel k. `transposed` is a constant. */
+VEC_FN void amx_load(const int transposed, int64_t rows, const uint16_t *data, int64_t stride, amx_tile *tile)
 {
-    static const uint8_t order[64] = {
-        0,  1,  32, 33, 2,  3,  34, 35, 4,  5,  36, 37, 6,  7,  38, 39, 8,  9,  40, 41, 10, 11,
-        42, 43, 12, 13, 44, 45, 14, 15, 46, 47, 16, 17, 48, 49, 18, 19, 50, 51, 20, 21, 52, 53,
-        22, 23, 54, 55, 24, 25, 56, 57, 26, 27, 58, 59, 28, 29, 60, 61, 30, 31, 62, 63,
-    };
-    const __m256i a = _mm256_loadu_si256((const __m256i *)above), b = _mm256_loadu_si256((const __m256i *)below);
-    return _mm512_permutexvar_epi8(_mm512_loadu_si512(order), _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1));
-}
-
-/* `rows` rows of 16 channels as pairs of rows, vector q with pair q; missing rows are zeros. */
-VEC_FN void amx_load(int64_t rows, const uint16_t *data, int64_t stride, vec_float pairs[AMX_ROWS])
-{
-    static const uint16_t none[BF16_LANES];
-    if (rows == BF16_BACK_ROWS) {
-#pragma GCC unroll 16
-        for (int q = 0; q < AMX_ROWS; q++)
-            pairs[q] = _mm512_castsi512_ps(amx_pairs(data + 2 * q * stride, data + (2 * q + 1) * stride));
-        return;
-    }
+    __m512i pairs[AMX_ROWS];
+    bf16_load(AMX_ROWS, rows, data, stride, pairs);
+    vec_float row[AMX_ROWS];
 #pragma GCC unroll 16
     for (int q = 0; q < AMX_ROWS; q++)
-        pairs[q] = _mm512_castsi512_ps(amx_pairs(2 * q < rows ? data + 2 * q * stride : none,
-                                                 2 * q + 1 < rows ? data + (2 * q + 1) * stride : none));
-}
-
-VEC_FN void amx_keep(const vec_float pairs[AMX_ROWS], amx_tile *tile)
-{
+        row[q] = _mm512_castsi512_ps(pairs[q]);
+    if (transposed)
+        transpose_float(row);
 #pragma GCC unroll 16
     for (int q = 0; q < AMX_ROWS; q++)
-        store_float(tile->real[q], pairs[q]);
+        store_float(tile->real[q], row[q]);
 }
 
 VEC_FN void bf16_gradient_rows(int64_t group, int64_t groups, int64_t rows, bf16_rows x, bf16_rows dy, float *dblocks,
@@ -210,12 +192,8 @@ VEC_FN void bf16_gradient_rows(int64_t group, int64_t groups, int64_t rows, bf16
         amx_tile left[BOFT_PAIRS_GROUP_MOST / BF16_LANES], right[BOFT_PAIRS_GROUP_MOST / BF16_LANES];
         const int64_t across = group / BF16_LANES;
         for (int64_t part = 0; part < across; part++) {
-            vec_float pairs[AMX_ROWS];
-            amx_load(rows, x.data + part * BF16_LANES, x.stride, pairs);
-            transpose_float(pairs);
-            amx_keep(pairs, &left[part]);
-            amx_load(rows, dy.data + part * BF16_LANES, dy.stride, pairs);
-            amx_keep(pairs, &right[part]);
+            amx_load(1, rows, x.data + part * BF16_LANES, x.stride, &left[part]);
+            amx_load(0, rows, dy.data + part * BF16_LANES, dy.stride, &right[part]);
         }
         amx_written();
         for (int64_t i = 0; i < across; i++) {

@@ -130,19 +130,6 @@ VEC_ATTR static __attribute__((noinline)) void bf16_multiply(int64_t group, int6
         pairs_multiply(group, groups, rows, x, packed, factors, y);
 }
 
-/* `rows` rows (at most BF16_BACK_ROWS) of a vector of channels as pairs of rows; missing rows are zeros. */
-VEC_FN void pairs_load(int64_t rows, const uint16_t *data, int64_t stride, __m512i pairs[BF16_BACK_ROWS / 2])
-{
-#pragma GCC unroll 4
-    for (int q = 0; q < BF16_BACK_ROWS / 2; q++) {
-        const __m256i none = _mm256_setzero_si256();
-        const uint16_t *from = data + 2 * q * stride;
-        const __m256i even = 2 * q < rows ? _mm256_loadu_si256((const __m256i *)from) : none;
-        const __m256i odd = 2 * q + 1 < rows ? _mm256_loadu_si256((const __m256i *)(from + stride)) : none;
-        pairs[q] = pairs_of(even, odd);
-    }
-}
-
 /* The pairs of rows of a group's x: pair q of channel k at [k / 16][q][k % 16]. */
 typedef int32_t pairs_of_group[BOFT_PAIRS_GROUP_MOST / BF16_LANES][BF16_BACK_ROWS / 2][BF16_LANES];
 
@@ -153,7 +140,7 @@ VEC_FN void pairs_gradient_panel(const int vectors, int64_t group, int64_t colum
     __m512i grad[2][BF16_BACK_ROWS / 2];
 #pragma GCC unroll 2
     for (int v = 0; v < vectors; v++)
-        pairs_load(rows, dy.data + column + v * BF16_LANES, dy.stride, grad[v]);
+        bf16_load(BF16_BACK_ROWS / 2, rows, dy.data + column + v * BF16_LANES, dy.stride, grad[v]);
     dblocks += column;
     for (int64_t part = 0; part < group / BF16_LANES; part++)
 #pragma GCC unroll 4
@@ -177,7 +164,7 @@ VEC_FN void bf16_gradient_rows(int64_t group, int64_t groups, int64_t rows, bf16
         pairs_of_group in;
         for (int64_t part = 0; part < group / BF16_LANES; part++) {
             __m512i pairs[BF16_BACK_ROWS / 2];
-            pairs_load(rows, x.data + part * BF16_LANES, x.stride, pairs);
+            bf16_load(BF16_BACK_ROWS / 2, rows, x.data + part * BF16_LANES, x.stride, pairs);
 #pragma GCC unroll 4
             for (int q = 0; q < BF16_BACK_ROWS / 2; q++)
                 _mm512_storeu_si512(in[part][q], pairs[q]);

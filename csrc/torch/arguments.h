@@ -78,6 +78,8 @@ struct RotateBackwardSplits : RotateBackward {
   RotateBackwardSplits(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& blocks, int64_t b, int64_t m,
                        bool transpose, bool need_x, bool need_blocks, bool in_place);
   void sum();
+  // Elements begin ... end-1 of the sum alone; nothing where there is one split.
+  boft_status sum(int64_t begin, int64_t end) const;
   int64_t splits;
   at::Tensor flipped, parts;
 };

@@ -21,19 +21,17 @@ Tensor sum_times_blocks(const RotateBackwardSplits& gram, const Layer& layer, co
   const boft_plan &plan = gram.plan, one = make_plan(plan.super, layer.b, layer.m);
   const boft_dtype real = data_dtype(blocks, "blocks");
   const int64_t square = plan.super * plan.super, size = blocks.element_size();
-  const Tensor sum = gram.dblocks, product = empty_contiguous(sum);
+  const Tensor product = empty_contiguous(gram.dblocks);
   const auto block = [&](auto* data, int64_t group) { return row_of(data, group, square, size); };
   parallel(plan.d / plan.super, plan.count * (plan.super + gram.splits), boft_rotate_workspace(&one, real),
            [&](int64_t begin, int64_t end, void* workspace) {
-             if (gram.parts.defined())
-               check(boft_sum_splits(real, gram.splits, plan.count, gram.parts.const_data_ptr(), sum.mutable_data_ptr(),
-                                     begin * square, end * square));
+             check(gram.sum(begin * square, end * square));
              for (int64_t group = begin; group < end; group++) {
                const boft_rotate_args rotate = {&one,
                                                 real,
                                                 0,
                                                 plan.super,
-                                                block(sum.const_data_ptr(), group),
+                                                block(gram.dblocks.const_data_ptr(), group),
                                                 plan.super,
                                                 block(blocks.const_data_ptr(), group),
                                                 block(product.mutable_data_ptr(), group),

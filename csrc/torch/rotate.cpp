@@ -221,10 +221,13 @@ RotateBackwardSplits::RotateBackwardSplits(const Tensor& dy, const Tensor& x, co
 
 void RotateBackwardSplits::sum() {
   if (!parts.defined()) return;
-  parallel(plan.count, plan.count * splits, 0, [&](int64_t begin, int64_t end, void*) {
-    return boft_sum_splits(data_dtype(parts, "dblocks"), splits, plan.count, parts.const_data_ptr(),
-                           dblocks.mutable_data_ptr(), begin, end);
-  });
+  parallel(plan.count, plan.count * splits, 0, [&](int64_t begin, int64_t end, void*) { return sum(begin, end); });
+}
+
+boft_status RotateBackwardSplits::sum(int64_t begin, int64_t end) const {
+  if (!parts.defined()) return BOFT_OK;
+  return boft_sum_splits(data_dtype(parts, "dblocks"), splits, plan.count, parts.const_data_ptr(),
+                         dblocks.mutable_data_ptr(), begin, end);
 }
 
 std::tuple<Tensor, Tensor> rotate_backward_cpu(const Tensor& dy, const Tensor& x, const Tensor& blocks, int64_t b,
