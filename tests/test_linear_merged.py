@@ -85,11 +85,16 @@ def onednn(request):
     boft_ext._C.onednn_products(before)
 
 
-# The last one has more outputs than rows: oneDNN gains enough for it to be merged too.
-@pytest.mark.parametrize("shape", [(64, 48, 8, 2), (80, 17, 20, 3), (256, 700, 8, 2)], ids=str)
+# The third has more outputs than rows: these products gain enough for it to be merged too. The last ones are deep enough
+# to be packed in more than two slices, of channels or of outputs.
+@pytest.mark.parametrize(
+    ("shape", "rows"),
+    [((64, 48, 8, 2), 600), ((80, 17, 20, 3), 600), ((256, 700, 8, 2), 600), ((2304, 24, 8, 2), 600), ((8, 2300, 8, 1), 2300)],
+    ids=str,
+)
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
-def test_both_products(onednn, shape, bias, seed):
-    layer, x, dy = problem(shape, bias, torch.float32, (600,), seed)
+def test_both_products(onednn, shape, rows, bias, seed):
+    layer, x, dy = problem(shape, bias, torch.float32, (rows,), seed)
     check(layer, x, dy, run_with_threads(layer, x, dy))
 
 

@@ -48,6 +48,9 @@ struct Rotate {
   boft_rotate_args args;
 };
 
+// Every block transposed: what the CPU kernels take for R^T.
+at::Tensor transposed_blocks(const boft_plan& plan, const at::Tensor& blocks);
+
 // y of a call by the CPU kernels, its rows times `factors` unless they are NULL.
 at::Tensor rotated_cpu(Rotate& call, const void* factors);
 

@@ -2,6 +2,7 @@
 // y = x W'^T + bias and dx = dy W'. The activations are not rotated at all. The gradient of R is x^T times the gradient
 // of x R, which is dx R because R is orthogonal, so for every block it is the product of x^T dx with the block itself.
 #include "linear.h"
+#include "mkl_matrix.h"
 #include "parts.h"
 #include "product.h"
 
@@ -14,6 +15,73 @@ Tensor merged_weight(const Layer& layer, const Tensor& blocks) {
   Merge call(layer.weight, blocks, layer.b, layer.m, layer.factors, true);
   return rotated_cpu(call, call.factors_data());
 }
+
+// W'^T, which x is multiplied with, or W' for dy. Slices of it are made and packed one after the other, so that W' as a
+// whole never lies in memory.
+MklMatrix packed_weight(const Layer& layer, const Tensor& blocks, bool transposed) {
+  const Rows weight(layer.weight);
+  const int64_t n = weight.rows, d = weight.columns;
+  const boft_plan plan = make_plan(d, layer.b, layer.m);
+  const Tensor flipped = transposed_blocks(plan, blocks);
+  const auto* const data = static_cast<const float*>(weight.data());
+  const auto *const rotations = flipped.const_data_ptr<float>(), *const factors = layer.factors.const_data_ptr<float>();
+  MklMatrix matrix(layer.weight, transposed ? d : n, transposed ? n : d, transposed ? plan.super : 1);
+  at::parallel_for(0, matrix.slices(), 1, [&](int64_t begin, int64_t end) {
+    const OneThread one_thread;
+    for (int64_t slice = begin; slice < end; slice++) {
+      const int64_t first = matrix.first_row(slice), size = matrix.first_row(slice + 1) - first;
+      const int64_t rows = transposed ? n : size;
+      const boft_plan own = transposed ? make_plan(size, layer.b, layer.m) : plan;
+      const Desk desk(layer.weight, rows, own.d, boft_rotate_workspace(&own, BOFT_F32));
+      float* const values = desk.rows.mutable_data_ptr<float>();
+      const boft_rotate_args merge = {&own,
+                                      BOFT_F32,
+                                      1,
+                                      rows,
+                                      data + (transposed ? first : first * weight.stride),
+                                      weight.stride,
+                                      rotations + (transposed ? first * plan.super : 0),
+                                      values,
+                                      own.d};
+      check(boft_merge(&merge, factors + (transposed ? 0 : first), 0, rows, desk.workspace.get()));
+      matrix.pack(slice, values, own.d, transposed);
+    }
+  });
+  return matrix;
+}
+
+// Products with W'^T (`transposed`) or with W', made once.
+class MergedProduct {
+ public:
+  MergedProduct(const Layer& layer, const Tensor& blocks, bool transposed) {
+    if (MklMatrix::serves(layer.weight.scalar_type()))
+      packed_.emplace(packed_weight(layer, blocks, transposed));
+    else
+      plain_ = transposed ? merged_weight(layer, blocks).t() : merged_weight(layer, blocks);
+  }
+
+  // As parts_of. A packed matrix is not packed anew for every part, so these can be small: then a thread takes fewer of
+  // them while its core is slow. Steps on two shared Emerald Rapids cores, multiples of the frozen layer, with one part
+  // a thread and with these: 1024 rows of 768 x 768 1.02 and 0.97 to 1.0, 1576 of 384 x 1536 1.05 and 0.96 to 1.06.
+  int64_t parts(int64_t rows, int64_t most) const {
+    constexpr int64_t kPackedPartRows = 128;
+    if (!packed_) return parts_of(rows, most);
+    int64_t parts = 1;
+    while (2 * parts <= most && rows > parts * kPackedPartRows) parts *= 2;
+    return parts;
+  }
+
+  void operator()(const Tensor& rows, const std::optional<Tensor>& bias, const Tensor& out) const {
+    if (packed_)
+      packed_->multiply(rows, bias, out);
+    else
+      multiply_merged(rows, plain_, bias, out);
+  }
+
+ private:
+  std::optional<MklMatrix> packed_;
+  Tensor plain_;
+};
 
 // The sum of what `gram` computed of its splits, every block of it times the block of R: its rows rotated, as the rows
 // of a layer of one group.
@@ -51,23 +119,28 @@ Tensor sum_times_blocks(const RotateBackwardSplits& gram, const Layer& layer, co
 // Steps of whole models, all linears, on two Zen 4 cores, as multiples of the frozen one, rotated and merged: ViT 384
 // with 1576 rows float32 1.097 and 1.074, bfloat16 1.145 and 1.090; Llama 768 with 1024 rows 1.040 and 1.028, 1.060 and
 // 1.045. With fewer rows than outputs, 1024 of layers 384 x 1536 and 768 x 2048, the merged way is up to 0.04 worse.
-// Unless it multiplies by oneDNN (product.cpp): then it has all layers (Llama on two Zen 5 cores 0.64 instead of 0.80)
-// but small ones, which have little to gain, and those whose merged weight would be large beside their input.
+// Unless its products are faster than torch's. By MKL, packed (mkl_matrix.h), layers with twice as many outputs as rows
+// gain too (two Emerald Rapids cores, rotated and merged: 1024 of 768 x 2048 1.05 and 1.04, of 384 x 1536 1.10 and 1.06),
+// with four times as many they lose (512 of 768 x 2048: 1.08 and 1.12). By oneDNN (product.cpp) all layers do (Llama on
+// two Zen 5 cores 0.64 instead of 0.80) but small ones, which have little to gain, and those whose merged weight would be
+// large beside their input.
 bool merge_pays(const Layer& layer, int64_t rows) {
-  constexpr int64_t kFewestRows = 2 * kFewestPartRows, kFewestChannels = 256, kMostOutputs = 4;
+  constexpr int64_t kFewestRows = 2 * kFewestPartRows, kFewestChannels = 256;
   const int64_t d = layer.weight.size(1), n = layer.weight.size(0);
-  const bool fast = d >= kFewestChannels && layer.weight.scalar_type() == at::kFloat && onednn_products();
-  return rows >= kFewestRows && n <= (fast ? kMostOutputs * rows : rows) && make_plan(d, layer.b, layer.m).levels == 1;
+  const at::ScalarType dtype = layer.weight.scalar_type();
+  const int64_t faster = dtype == at::kFloat && onednn_products() ? 4 : MklMatrix::serves(dtype) ? 2 : 1;
+  const int64_t outputs = rows * (d >= kFewestChannels ? faster : 1);
+  return rows >= kFewestRows && n <= outputs && make_plan(d, layer.b, layer.m).levels == 1;
 }
 
 Tensor merged_forward(const Layer& layer, const Tensor& blocks, const Tensor& x) {
   const Rows in(x);
   const Tensor x_rows = rows_of(in.tensor), out = empty_rows(x, layer.weight.size(0)), out_rows = rows_of(out);
-  const Tensor matrix = merged_weight(layer, blocks).t();
-  const int64_t parts = parts_of(in.rows, in.rows);
-  if (parts == 0) multiply_merged(x_rows, matrix, layer.bias, out_rows);
+  const MergedProduct product(layer, blocks, true);
+  const int64_t parts = product.parts(in.rows, in.rows);
+  if (parts == 0) product(x_rows, layer.bias, out_rows);
   for_parts(parts, in.rows, x, 0, 0, [&](int64_t, int64_t first, int64_t past, const Desk&) {
-    multiply_merged(x_rows.narrow(0, first, past - first), matrix, layer.bias, out_rows.narrow(0, first, past - first));
+    product(x_rows.narrow(0, first, past - first), layer.bias, out_rows.narrow(0, first, past - first));
   });
   return out;
 }
@@ -80,8 +153,8 @@ Gradients merged_backward(const Layer& layer, const Tensor& blocks, const Activa
   const Tensor dx = empty_rows(dy, plan.d), dx_rows = rows_of(dx), dy_rows = rows_of(scale.grad.tensor);
   RotateBackwardSplits gram(dx, need.boft_R ? kept.x : dx, blocks, layer.b, layer.m, false, false, need.boft_R, false);
   const int64_t rows = scale.grad.rows, scale_splits = boft_scale_backward_splits(rows);
-  const int64_t tasks = boft_rotate_backward_tasks(&plan, rows), parts = parts_of(rows, gram.splits);
-  const Tensor merged = merged_weight(layer, blocks);
+  const MergedProduct product(layer, blocks, false);
+  const int64_t tasks = boft_rotate_backward_tasks(&plan, rows), parts = product.parts(rows, gram.splits);
   const size_t workspace = boft_rotate_backward_workspace(&plan, gram.dtype);
   const auto sum_scale = [&](int64_t begin, int64_t end, void*) {
     return need.s ? boft_scale_backward(&scale.args, begin, end) : BOFT_OK;
@@ -91,13 +164,12 @@ Gradients merged_backward(const Layer& layer, const Tensor& blocks, const Activa
   };
   if (parts == 0) {
     parallel(scale_splits, dy.numel() * 8, 0, sum_scale);
-    multiply_merged(dy_rows, merged, std::nullopt, dx_rows);
+    product(dy_rows, std::nullopt, dx_rows);
     parallel(tasks, dx.numel() * plan.super, workspace, sum_gram);
   }
   for_parts(parts, rows, dy, 0, workspace, [&](int64_t part, int64_t first, int64_t past, const Desk& desk) {
     check(sum_scale(scale_splits * part / parts, scale_splits * (part + 1) / parts, nullptr));
-    multiply_merged(dy_rows.narrow(0, first, past - first), merged, std::nullopt,
-                    dx_rows.narrow(0, first, past - first));
+    product(dy_rows.narrow(0, first, past - first), std::nullopt, dx_rows.narrow(0, first, past - first));
     check(sum_gram(tasks * part / parts, tasks * (part + 1) / parts, desk.workspace.get()));
   });
   return {dx, need.boft_R ? sum_times_blocks(gram, layer, blocks) : Tensor(),

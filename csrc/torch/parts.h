@@ -10,6 +10,8 @@
 #include <omp.h>
 #endif
 
+#include <atomic>
+
 #include "common.h"
 
 // MKL's, where torch contains it; otherwise null.
@@ -90,15 +92,18 @@ struct Desk {
   c10::DataPtr workspace;
 };
 
-// Runs f(part, first, past, desk) for each part of `rows` on torch's threads, which see tensors without autograd.
+// Runs f(part, first, past, desk) for each part of `rows` on torch's threads, which see tensors without autograd and take
+// the next part when they are done with one.
 template <typename F>
 void for_parts(int64_t parts, int64_t rows, const at::Tensor& like, int64_t columns, size_t workspace_bytes,
                const F& f) {
-  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(parts, at::get_num_threads()), 1, [&](int64_t, int64_t) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     const OneThread one_thread;
     const Desk desk(like, (rows + parts - 1) / parts, columns, workspace_bytes);
-    for (int64_t part = begin; part < end; part++) f(part, rows * part / parts, rows * (part + 1) / parts, desk);
+    for (int64_t part = next++; part < parts; part = next++)
+      f(part, rows * part / parts, rows * (part + 1) / parts, desk);
   });
 }
 

@@ -34,7 +34,9 @@ int64_t work_per_element(const boft_plan& plan) {
   return work;
 }
 
-Tensor transposed(const boft_plan& plan, const Tensor& blocks) {
+}  // namespace
+
+Tensor transposed_blocks(const boft_plan& plan, const Tensor& blocks) {
   const boft_dtype real = data_dtype(blocks, "blocks");
   Tensor out = empty_contiguous(blocks);
   for (int64_t i = 0; i < plan.levels; i++) {
@@ -45,8 +47,6 @@ Tensor transposed(const boft_plan& plan, const Tensor& blocks) {
   }
   return out;
 }
-
-}  // namespace
 
 boft_plan check_rotate(const Tensor& x, const Tensor& blocks, int64_t b, int64_t m, const char* op) {
   TORCH_CHECK_VALUE(x.dim() >= 1, op, ": x needs at least one axis");
@@ -71,8 +71,8 @@ Rotate::Rotate(const Tensor& x, const Tensor& blocks_any, int64_t b, int64_t m, 
 
 Tensor rotated_cpu(Rotate& call, const void* factors) {
   const boft_plan& plan = call.plan;
-  const Tensor flipped = call.args.transpose ? transposed(plan, call.blocks) : call.blocks;
-  call.args.blocks = flipped.const_data_ptr();
+  const Tensor oriented = call.args.transpose ? transposed_blocks(plan, call.blocks) : call.blocks;
+  call.args.blocks = oriented.const_data_ptr();
   parallel(call.in.rows, call.in.rows * plan.d * work_per_element(plan), boft_rotate_workspace(&plan, call.dtype),
            [&](int64_t begin, int64_t end, void* ws) { return boft_merge(&call.args, factors, begin, end, ws); });
   return call.y;
@@ -211,7 +211,7 @@ RotateBackwardSplits::RotateBackwardSplits(const Tensor& dy, const Tensor& x, co
   const bool several = plan.levels > 1;
   // Going back from x R needs the other orientation for dx, and from x R^T for the inputs between levels.
   const bool need_flipped = transpose ? need_blocks && several : need_x || several;
-  flipped = need_flipped ? transposed(plan, blocks) : blocks;
+  flipped = need_flipped ? transposed_blocks(plan, blocks) : blocks;
   args.blocks = (transpose ? flipped : blocks).const_data_ptr();
   args.blocks_back = (transpose ? blocks : flipped).const_data_ptr();
   if (!need_blocks || splits == 1) return;
@@ -257,7 +257,7 @@ std::tuple<Tensor, Tensor> rotate_backward_packed_cpu(const Tensor& dy, const Te
   const Rows grad(dy);
   check_packed(packed, grad.rows, plan.d, kBitsOfX);
   const bool need_flipped = transpose ? plan.levels > 1 : need_x || plan.levels > 1;
-  const Tensor given = blocks_any.contiguous(), flipped = need_flipped ? transposed(plan, given) : given;
+  const Tensor given = blocks_any.contiguous(), flipped = need_flipped ? transposed_blocks(plan, given) : given;
   Tensor dx = need_x ? empty_contiguous(dy) : at::empty({0}, dy.options());
   const int64_t pieces = (grad.rows + kUnpackedRows - 1) / kUnpackedRows;
   const int64_t together = std::clamp<int64_t>(kPartialElements / plan.count, 2, kMostPieces);
