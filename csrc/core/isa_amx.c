@@ -7,6 +7,7 @@
 #include "vec_avx512.h"
 
 #define BF16_KERNELS "rotate_amx.h"
+#define PRODUCT_KERNELS "product_amx.h"
 #define KERNELS boft_kernels_amx
 #define KERNELS_NAME "amx"
 #include "variant_template.h"

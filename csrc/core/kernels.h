@@ -23,6 +23,9 @@ typedef struct boft_kernels {
     void (*scale[2])(const boft_scale_args *args, int64_t begin, int64_t end);
     void (*scale_backward[2])(const boft_scale_backward_args *args, int64_t begin, int64_t end);
     void (*linear[2])(const boft_linear_args *args, int64_t begin, int64_t end);
+    /* NULL, both, in variants that leave such products to others. */
+    void (*product_pack)(const boft_product_pack_args *args, int64_t begin, int64_t end);
+    void (*product)(const boft_product_args *args, int64_t begin, int64_t end);
     void (*digest)(const void *data, size_t bytes, uint64_t out[BOFT_DIGEST_WORDS]);
 } boft_kernels;
 

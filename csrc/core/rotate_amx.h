@@ -53,18 +53,27 @@ static inline __attribute__((always_inline)) void amx_written(void)
     __asm__ volatile("" ::: "memory");
 }
 
-/* Shapes the tile registers. The system saves their contents at every change of threads until bf16_end. */
-VEC_ATTR static void bf16_begin(int64_t group)
+/* What _tile_loadconfig reads. */
+typedef struct amx_shapes {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+} amx_shapes;
+
+static inline amx_shapes amx_whole_tiles(void)
 {
-    struct {
-        uint8_t palette, start_row, reserved[14];
-        uint16_t bytes[16];
-        uint8_t rows[16];
-    } shapes = {.palette = 1};
+    amx_shapes shapes = {.palette = 1};
     for (int i = 0; i < 8; i++) {
         shapes.bytes[i] = BOFT_LINE_BYTES;
         shapes.rows[i] = AMX_ROWS;
     }
+    return shapes;
+}
+
+/* Shapes the tile registers. The system saves their contents at every change of threads until bf16_end. */
+VEC_ATTR static void bf16_begin(int64_t group)
+{
+    amx_shapes shapes = amx_whole_tiles();
     const int64_t depth = amx_depth(group);
     shapes.bytes[ROWS] = shapes.bytes[ROWS_BELOW] = (uint16_t)(depth * (int64_t)sizeof(uint16_t));
     shapes.rows[BLOCK_HI] = shapes.rows[BLOCK_LO] = (uint8_t)(depth / 2);

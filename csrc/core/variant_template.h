@@ -1,6 +1,7 @@
 /*
  * Every vector kernel of one variant, as the table KERNELS. The including file has included a vec_*.h before and
- * defines KERNELS, KERNELS_NAME and, where bfloat16 data is multiplied as it lies, BF16_KERNELS, the file that does it.
+ * defines KERNELS, KERNELS_NAME and, where bfloat16 data is multiplied as it lies, BF16_KERNELS, the file that does it,
+ * and PRODUCT_KERNELS, the one that multiplies with packed matrices.
  * REAL is the type of the arithmetic, FN(x) and VEC(x) name functions and vectors of it.
  */
 #include "digest_keys.h"
@@ -91,6 +92,10 @@ static void rotate_backward_any(const boft_rotate_backward_args *args, int64_t b
 #define rotate_backward_any rotate_backward_of_float
 #endif
 
+#ifdef PRODUCT_KERNELS
+#include PRODUCT_KERNELS
+#endif
+
 /* The function of the data's dtype, for an operator with one for each (scale_template.h, linear_template.h). */
 #define BY_DTYPE(name, arguments)                                                                                      \
     static void name##_of_float(const arguments *args, int64_t begin, int64_t end)                                     \
@@ -121,5 +126,9 @@ const boft_kernels KERNELS = {
     .scale = {scale_of_float, scale_of_f64},
     .scale_backward = {scale_backward_of_float, scale_backward_of_f64},
     .linear = {linear_of_float, linear_of_f64},
+#ifdef PRODUCT_KERNELS
+    .product_pack = product_pack,
+    .product = product,
+#endif
     .digest = digest,
 };

@@ -278,6 +278,43 @@ typedef struct boft_linear_args {
 /* Outputs begin ... end-1 of all rows: (x weight^T) s + bias, summed in reals and rounded once. */
 BOFT_API boft_status boft_linear(const boft_linear_args *args, int64_t begin, int64_t end);
 
+/* ---- Product: rows times a matrix that is packed once for many of them --------------------------------------------- */
+
+/*
+ * Whether the variant at hand multiplies with packed matrices (depth, columns) of this dtype: bfloat16 by the variant
+ * "amx", where depth is a multiple of BOFT_PRODUCT_DEPTH and columns of BOFT_PRODUCT_COLUMNS. What one variant packed is
+ * for products of that variant. Other shapes are refused.
+ */
+enum { BOFT_PRODUCT_DEPTH = 32, BOFT_PRODUCT_COLUMNS = 32 };
+BOFT_API int boft_product_serves(boft_dtype dtype, int64_t depth, int64_t columns);
+
+typedef struct boft_product_pack_args {
+    boft_dtype dtype; /* of matrix and packed */
+    int64_t depth, columns;
+    const void *matrix; /* (depth, columns), or (columns, depth) if transposed */
+    int64_t stride;     /* of its rows, no less than they are long */
+    int transposed;
+    void *packed; /* depth * columns numbers, aligned to 64 bytes */
+} boft_product_pack_args;
+
+/* Panels begin ... end-1 of the packed matrix: panel i has columns 32 i ... 32 i + 31. */
+BOFT_API boft_status boft_product_pack(const boft_product_pack_args *args, int64_t begin, int64_t end);
+
+typedef struct boft_product_args {
+    boft_dtype dtype; /* of x, packed, bias and y */
+    int64_t rows, depth, columns;
+    const void *x; /* (T, depth) */
+    int64_t x_stride;
+    const void *packed; /* from boft_product_pack */
+    const void *bias;   /* columns numbers or NULL */
+    void *y;            /* (T, columns), overlapping nothing else */
+    int64_t y_stride;
+} boft_product_args;
+
+/* Rows begin ... end-1 of y = x matrix + bias, summed in float32 and rounded once. A row gets the same bits in every
+ * range. Subnormal numbers count as zeros. */
+BOFT_API boft_status boft_product(const boft_product_args *args, int64_t begin, int64_t end);
+
 /* ---- Pack: rows kept for backward in 4 or 8 bits per value --------------------------------------------------------- */
 
 /* Bytes of a packed row of n >= 0 values, bits 4 or 8: 64 values (the last ones: fewer) share a 16-bit scale. */

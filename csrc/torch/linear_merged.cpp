@@ -5,6 +5,9 @@
 #include "mkl_matrix.h"
 #include "parts.h"
 #include "product.h"
+#include "tile_matrix.h"
+
+#include <variant>
 
 namespace boft {
 namespace {
@@ -16,71 +19,83 @@ Tensor merged_weight(const Layer& layer, const Tensor& blocks) {
   return rotated_cpu(call, call.factors_data());
 }
 
-// W'^T, which x is multiplied with, or W' for dy. Slices of it are made and packed one after the other, so that W' as a
-// whole never lies in memory.
-MklMatrix packed_weight(const Layer& layer, const Tensor& blocks, bool transposed) {
+// W'^T (`transposed`), which x is multiplied with, or W' for dy. Slices of it are made and packed one after the other,
+// so that W' as a whole never lies in memory.
+template <typename Matrix>
+Matrix packed_weight(const Layer& layer, const Tensor& blocks, bool transposed) {
   const Rows weight(layer.weight);
-  const int64_t n = weight.rows, d = weight.columns;
+  const boft_dtype dtype = data_dtype(layer.weight, "weight");
+  const int64_t n = weight.rows, d = weight.columns, size = layer.weight.element_size();
   const boft_plan plan = make_plan(d, layer.b, layer.m);
   const Tensor flipped = transposed_blocks(plan, blocks);
-  const auto* const data = static_cast<const float*>(weight.data());
   const auto *const rotations = flipped.const_data_ptr<float>(), *const factors = layer.factors.const_data_ptr<float>();
-  MklMatrix matrix(layer.weight, transposed ? d : n, transposed ? n : d, transposed ? plan.super : 1);
+  // A slice has whole groups of channels of all rows of W', or all channels of some rows.
+  const bool of_channels = transposed != Matrix::kSlicesColumns;
+  Matrix matrix(layer.weight, transposed ? d : n, transposed ? n : d, of_channels ? plan.super : 1);
   at::parallel_for(0, matrix.slices(), 1, [&](int64_t begin, int64_t end) {
     const OneThread one_thread;
     for (int64_t slice = begin; slice < end; slice++) {
-      const int64_t first = matrix.first_row(slice), size = matrix.first_row(slice + 1) - first;
-      const int64_t rows = transposed ? n : size;
-      const boft_plan own = transposed ? make_plan(size, layer.b, layer.m) : plan;
-      const Desk desk(layer.weight, rows, own.d, boft_rotate_workspace(&own, BOFT_F32));
-      float* const values = desk.rows.mutable_data_ptr<float>();
+      const int64_t first = matrix.first(slice), count = matrix.first(slice + 1) - first;
+      const int64_t channel = of_channels ? first : 0, row = of_channels ? 0 : first;
+      const int64_t rows = of_channels ? n : count;
+      const boft_plan own = of_channels ? make_plan(count, layer.b, layer.m) : plan;
+      const Desk desk(layer.weight, rows, own.d, boft_rotate_workspace(&own, dtype));
+      void* const values = desk.rows.mutable_data_ptr();
       const boft_rotate_args merge = {&own,
-                                      BOFT_F32,
+                                      dtype,
                                       1,
                                       rows,
-                                      data + (transposed ? first : first * weight.stride),
+                                      row_of(row_of(weight.data(), row, weight.stride, size), channel, 1, size),
                                       weight.stride,
-                                      rotations + (transposed ? first * plan.super : 0),
+                                      rotations + channel * plan.super,
                                       values,
                                       own.d};
-      check(boft_merge(&merge, factors + (transposed ? 0 : first), 0, rows, desk.workspace.get()));
+      check(boft_merge(&merge, factors + row, 0, rows, desk.workspace.get()));
       matrix.pack(slice, values, own.d, transposed);
     }
   });
   return matrix;
 }
 
+// Whether products with such a weight are with a packed matrix.
+bool is_packed(at::ScalarType dtype, int64_t d, int64_t n) {
+  return MklMatrix::serves(dtype) || TileMatrix::serves(dtype, d, n);
+}
+
 // Products with W'^T (`transposed`) or with W', made once.
 class MergedProduct {
  public:
   MergedProduct(const Layer& layer, const Tensor& blocks, bool transposed) {
-    if (MklMatrix::serves(layer.weight.scalar_type()))
-      packed_.emplace(packed_weight(layer, blocks, transposed));
+    const at::ScalarType dtype = layer.weight.scalar_type();
+    if (MklMatrix::serves(dtype))
+      matrix_.emplace<MklMatrix>(packed_weight<MklMatrix>(layer, blocks, transposed));
+    else if (is_packed(dtype, layer.weight.size(1), layer.weight.size(0)))
+      matrix_.emplace<TileMatrix>(packed_weight<TileMatrix>(layer, blocks, transposed));
     else
-      plain_ = transposed ? merged_weight(layer, blocks).t() : merged_weight(layer, blocks);
+      matrix_ = transposed ? merged_weight(layer, blocks).t() : merged_weight(layer, blocks);
   }
 
-  // As parts_of. A packed matrix is not packed anew for every part, so these can be small: then a thread takes fewer of
-  // them while its core is slow. Steps on two shared Emerald Rapids cores, multiples of the frozen layer, with one part
-  // a thread and with these: 1024 rows of 768 x 768 1.02 and 0.97 to 1.0, 1576 of 384 x 1536 1.05 and 0.96 to 1.06.
+  // As parts_of. A packed matrix is not packed anew for every part, so these can be small: then what a product reads
+  // and writes lies in cache for the sums over rows, and a thread takes fewer of them while its core is slow. Steps on
+  // two shared Emerald Rapids cores, multiples of the frozen layer, means of several runs with one part a thread and
+  // with these: float32 1024 rows of 768 x 768 1.02 and 0.97, 1576 of 384 x 1536 1.05 and 1.01; bfloat16 means of five
+  // layers with parts of 512, 256 and 128 rows 1.24, 1.16 and 1.07.
   int64_t parts(int64_t rows, int64_t most) const {
     constexpr int64_t kPackedPartRows = 128;
-    if (!packed_) return parts_of(rows, most);
+    if (std::holds_alternative<Tensor>(matrix_)) return parts_of(rows, most);
     int64_t parts = 1;
     while (2 * parts <= most && rows > parts * kPackedPartRows) parts *= 2;
     return parts;
   }
 
   void operator()(const Tensor& rows, const std::optional<Tensor>& bias, const Tensor& out) const {
-    if (packed_)
-      packed_->multiply(rows, bias, out);
-    else
-      multiply_merged(rows, plain_, bias, out);
+    if (const auto* plain = std::get_if<Tensor>(&matrix_)) return multiply_merged(rows, *plain, bias, out);
+    if (const auto* packed = std::get_if<MklMatrix>(&matrix_)) return packed->multiply(rows, bias, out);
+    std::get<TileMatrix>(matrix_).multiply(rows, bias, out);
   }
 
  private:
-  std::optional<MklMatrix> packed_;
-  Tensor plain_;
+  std::variant<Tensor, MklMatrix, TileMatrix> matrix_;
 };
 
 // The sum of what `gram` computed of its splits, every block of it times the block of R: its rows rotated, as the rows
@@ -119,16 +134,16 @@ Tensor sum_times_blocks(const RotateBackwardSplits& gram, const Layer& layer, co
 // Steps of whole models, all linears, on two Zen 4 cores, as multiples of the frozen one, rotated and merged: ViT 384
 // with 1576 rows float32 1.097 and 1.074, bfloat16 1.145 and 1.090; Llama 768 with 1024 rows 1.040 and 1.028, 1.060 and
 // 1.045. With fewer rows than outputs, 1024 of layers 384 x 1536 and 768 x 2048, the merged way is up to 0.04 worse.
-// Unless its products are faster than torch's. By MKL, packed (mkl_matrix.h), layers with twice as many outputs as rows
-// gain too (two Emerald Rapids cores, rotated and merged: 1024 of 768 x 2048 1.05 and 1.04, of 384 x 1536 1.10 and 1.06),
-// with four times as many they lose (512 of 768 x 2048: 1.08 and 1.12). By oneDNN (product.cpp) all layers do (Llama on
-// two Zen 5 cores 0.64 instead of 0.80) but small ones, which have little to gain, and those whose merged weight would be
-// large beside their input.
+// Unless its products are faster than torch's. With packed matrices layers with twice as many outputs as rows gain too
+// (two Emerald Rapids cores, multiples of the frozen layer, rotated and merged: 1024 rows of 768 x 2048 float32 1.05
+// and 1.04, bfloat16 1.22 and 1.07, of 384 x 1536 1.10 and 1.06, 1.34 and 1.12), with four times as many they lose (512
+// of 768 x 2048 float32: 1.08 and 1.12). By oneDNN (product.cpp) all layers do (Llama on two Zen 5 cores 0.64 instead
+// of 0.80) but small ones, which have little to gain, and those whose merged weight would be large beside their input.
 bool merge_pays(const Layer& layer, int64_t rows) {
   constexpr int64_t kFewestRows = 2 * kFewestPartRows, kFewestChannels = 256;
   const int64_t d = layer.weight.size(1), n = layer.weight.size(0);
   const at::ScalarType dtype = layer.weight.scalar_type();
-  const int64_t faster = dtype == at::kFloat && onednn_products() ? 4 : MklMatrix::serves(dtype) ? 2 : 1;
+  const int64_t faster = dtype == at::kFloat && onednn_products() ? 4 : is_packed(dtype, d, n) ? 2 : 1;
   const int64_t outputs = rows * (d >= kFewestChannels ? faster : 1);
   return rows >= kFewestRows && n <= outputs && make_plan(d, layer.b, layer.m).levels == 1;
 }
@@ -168,8 +183,8 @@ Gradients merged_backward(const Layer& layer, const Tensor& blocks, const Activa
     parallel(tasks, dx.numel() * plan.super, workspace, sum_gram);
   }
   for_parts(parts, rows, dy, 0, workspace, [&](int64_t part, int64_t first, int64_t past, const Desk& desk) {
-    check(sum_scale(scale_splits * part / parts, scale_splits * (part + 1) / parts, nullptr));
     product(dy_rows.narrow(0, first, past - first), std::nullopt, dx_rows.narrow(0, first, past - first));
+    check(sum_scale(scale_splits * part / parts, scale_splits * (part + 1) / parts, nullptr));
     check(sum_gram(tasks * part / parts, tasks * (part + 1) / parts, desk.workspace.get()));
   });
   return {dx, need.boft_R ? sum_times_blocks(gram, layer, blocks) : Tensor(),

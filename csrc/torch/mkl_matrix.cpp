@@ -4,8 +4,8 @@
 
 #include <ATen/Context.h>
 
-// MKL's, where torch contains it; otherwise null. Integers are of 32 bits there. Layouts: 101 is rows one after the other;
-// operands: 111 as it lies, 112 transposed, 151 packed, 162 the second one.
+// MKL's, where torch contains it; otherwise null. Integers are of 32 bits there. Layouts: 101 is rows one after the
+// other; operands: 111 as it lies, 112 transposed, 151 packed, 162 the second one.
 extern "C" {
 __attribute__((weak)) size_t cblas_sgemm_pack_get_size(int operand, int m, int n, int k);
 __attribute__((weak)) void cblas_sgemm_pack(int layout, int operand, int transpose, int m, int n, int k, float alpha,
@@ -49,9 +49,10 @@ MklMatrix::MklMatrix(const at::Tensor& like, int64_t depth, int64_t columns, int
 
 float* MklMatrix::packed(int64_t slice) const { return packed_.mutable_data_ptr<float>() + slice * room_; }
 
-void MklMatrix::pack(int64_t slice, const float* data, int64_t stride, bool transposed) {
+void MklMatrix::pack(int64_t slice, const void* data, int64_t stride, bool transposed) {
   cblas_sgemm_pack(kRowMajor, kSecond, transposed ? kTransposed : kPlain, kRows, static_cast<int>(columns_),
-                   static_cast<int>(first_row(slice + 1) - first_row(slice)), 1, data, static_cast<int>(stride),
+                   static_cast<int>(first(slice + 1) - first(slice)), 1,
+                   static_cast<const float*>(data), static_cast<int>(stride),
                    packed(slice));
 }
 
@@ -60,9 +61,9 @@ void MklMatrix::multiply(const at::Tensor& any, const std::optional<at::Tensor>&
   const at::Tensor rows = any.stride(0) < depth_ ? any.contiguous() : any;
   if (bias.has_value()) out.copy_(bias->expand_as(out));
   for (int64_t slice = 0; slice < slices(); slice++) {
-    const int64_t first = first_row(slice);
+    const int64_t begin = first(slice);
     cblas_sgemm_compute(kRowMajor, kPlain, kPacked, static_cast<int>(rows.size(0)), static_cast<int>(columns_),
-                        static_cast<int>(first_row(slice + 1) - first), rows.const_data_ptr<float>() + first,
+                        static_cast<int>(first(slice + 1) - begin), rows.const_data_ptr<float>() + begin,
                         static_cast<int>(rows.stride(0)), packed(slice),
                         static_cast<int>(columns_), bias.has_value() || slice > 0 ? 1 : 0,
                         out.mutable_data_ptr<float>(), static_cast<int>(out.stride(0)));

@@ -13,6 +13,9 @@ namespace boft {
 // for every number of threads, given that MKL works with one (OneThread, parts.h).
 class MklMatrix {
  public:
+  // Slices are of rows: each is a pass over the products, but every product of MKL packs its left side too.
+  static constexpr bool kSlicesColumns = false;
+
   // Whether torch contains MKL and would multiply float32 by it, at full precision.
   static bool serves(at::ScalarType dtype);
 
@@ -20,11 +23,11 @@ class MklMatrix {
   // the shape alone. `like` is any tensor on the CPU.
   MklMatrix(const at::Tensor& like, int64_t depth, int64_t columns, int64_t granule);
   int64_t slices() const { return slices_; }
-  int64_t first_row(int64_t slice) const { return depth_ / granule_ * slice / slices_ * granule_; }
+  int64_t first(int64_t slice) const { return depth_ / granule_ * slice / slices_ * granule_; }
 
-  // Packs rows first_row(slice) ... first_row(slice + 1)-1. They are those of `data`, whose element (i, j) is
+  // Packs rows first(slice) ... first(slice + 1)-1. They are those of `data`, whose element (i, j) is
   // data[i * stride + j], or data[j * stride + i] if `transposed`. Thread-safe for different slices.
-  void pack(int64_t slice, const float* data, int64_t stride, bool transposed);
+  void pack(int64_t slice, const void* data, int64_t stride, bool transposed);
 
   // out = rows matrix + bias, all float32 and with columns that follow each other. Thread-safe.
   void multiply(const at::Tensor& rows, const std::optional<at::Tensor>& bias, const at::Tensor& out) const;

@@ -92,8 +92,8 @@ struct Desk {
   c10::DataPtr workspace;
 };
 
-// Runs f(part, first, past, desk) for each part of `rows` on torch's threads, which see tensors without autograd and take
-// the next part when they are done with one.
+// Runs f(part, first, past, desk) for each part of `rows` on torch's threads, which see tensors without autograd and
+// take the next part when they are done with one.
 template <typename F>
 void for_parts(int64_t parts, int64_t rows, const at::Tensor& like, int64_t columns, size_t workspace_bytes,
                const F& f) {
