@@ -31,7 +31,7 @@ Matrix packed_weight(const Layer& layer, const Tensor& blocks, bool transposed) 
   const auto *const rotations = flipped.const_data_ptr<float>(), *const factors = layer.factors.const_data_ptr<float>();
   // A slice has whole groups of channels of all rows of W', or all channels of some rows.
   const bool of_channels = transposed != Matrix::kSlicesColumns;
-  Matrix matrix(layer.weight, transposed ? d : n, transposed ? n : d, of_channels ? plan.super : 1);
+  Matrix matrix(transposed ? d : n, transposed ? n : d, of_channels ? plan.super : 1);
   at::parallel_for(0, matrix.slices(), 1, [&](int64_t begin, int64_t end) {
     const OneThread one_thread;
     for (int64_t slice = begin; slice < end; slice++) {

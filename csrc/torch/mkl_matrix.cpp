@@ -1,6 +1,7 @@
 #include "mkl_matrix.h"
 #include "common.h"
 #include "product.h"
+#include "recycler.h"
 
 #include <ATen/Context.h>
 
@@ -37,23 +38,21 @@ bool MklMatrix::serves(at::ScalarType dtype) {
   return precision != at::Float32Precision::BF16 && precision != at::Float32Precision::TF32;
 }
 
-MklMatrix::MklMatrix(const at::Tensor& like, int64_t depth, int64_t columns, int64_t granule)
+MklMatrix::MklMatrix(int64_t depth, int64_t columns, int64_t granule)
     : depth_(depth), columns_(columns), granule_(granule) {
   const int64_t most = depth / granule;
   slices_ = std::clamp<int64_t>((depth + kSliceRows - 1) / kSliceRows, std::min<int64_t>(2, most), most);
   const int64_t longest = (most + slices_ - 1) / slices_ * granule;
   const size_t bytes = cblas_sgemm_pack_get_size(kSecond, kRows, static_cast<int>(columns), static_cast<int>(longest));
   room_ = static_cast<int64_t>(bytes + kAlignment - 1) / kAlignment * kAlignment / sizeof(float);
-  packed_ = empty_contiguous(like, {slices_ * room_});
+  // MKL asks for 8 MB and more besides, so that it may begin anywhere, and leaves them alone.
+  packed_ = reserve(slices_ * room_ * sizeof(float), depth * columns * sizeof(float));
 }
-
-float* MklMatrix::packed(int64_t slice) const { return packed_.mutable_data_ptr<float>() + slice * room_; }
 
 void MklMatrix::pack(int64_t slice, const void* data, int64_t stride, bool transposed) {
   cblas_sgemm_pack(kRowMajor, kSecond, transposed ? kTransposed : kPlain, kRows, static_cast<int>(columns_),
-                   static_cast<int>(first(slice + 1) - first(slice)), 1,
-                   static_cast<const float*>(data), static_cast<int>(stride),
-                   packed(slice));
+                   static_cast<int>(first(slice + 1) - first(slice)), 1, static_cast<const float*>(data),
+                   static_cast<int>(stride), packed(slice));
 }
 
 void MklMatrix::multiply(const at::Tensor& any, const std::optional<at::Tensor>& bias, const at::Tensor& out) const {
@@ -64,9 +63,9 @@ void MklMatrix::multiply(const at::Tensor& any, const std::optional<at::Tensor>&
     const int64_t begin = first(slice);
     cblas_sgemm_compute(kRowMajor, kPlain, kPacked, static_cast<int>(rows.size(0)), static_cast<int>(columns_),
                         static_cast<int>(first(slice + 1) - begin), rows.const_data_ptr<float>() + begin,
-                        static_cast<int>(rows.stride(0)), packed(slice),
-                        static_cast<int>(columns_), bias.has_value() || slice > 0 ? 1 : 0,
-                        out.mutable_data_ptr<float>(), static_cast<int>(out.stride(0)));
+                        static_cast<int>(rows.stride(0)), packed(slice), static_cast<int>(columns_),
+                        bias.has_value() || slice > 0 ? 1 : 0, out.mutable_data_ptr<float>(),
+                        static_cast<int>(out.stride(0)));
   }
 }
 

@@ -20,8 +20,8 @@ class MklMatrix {
   static bool serves(at::ScalarType dtype);
 
   // In slices of rows, multiples of `granule` as `depth` is, which threads pack side by side; their number depends on
-  // the shape alone. `like` is any tensor on the CPU.
-  MklMatrix(const at::Tensor& like, int64_t depth, int64_t columns, int64_t granule);
+  // the shape alone.
+  MklMatrix(int64_t depth, int64_t columns, int64_t granule);
   int64_t slices() const { return slices_; }
   int64_t first(int64_t slice) const { return depth_ / granule_ * slice / slices_ * granule_; }
 
@@ -33,9 +33,9 @@ class MklMatrix {
   void multiply(const at::Tensor& rows, const std::optional<at::Tensor>& bias, const at::Tensor& out) const;
 
  private:
-  float* packed(int64_t slice) const;
+  float* packed(int64_t slice) const { return static_cast<float*>(packed_.get()) + slice * room_; }
   int64_t depth_, columns_, granule_, slices_, room_;
-  at::Tensor packed_;
+  c10::DataPtr packed_;
 };
 
 }  // namespace boft

@@ -37,7 +37,10 @@ void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t byte
 class Recycler final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
-    if (bytes < kRecycledFrom) return c10::GetCPUAllocator()->allocate(bytes);
+    return bytes < kRecycledFrom ? c10::GetCPUAllocator()->allocate(bytes) : reserve(bytes, bytes);
+  }
+
+  c10::DataPtr reserve(size_t bytes, size_t used) {
     void* data = take(bytes);
     if (data == nullptr) {
       data = c10::alloc_cpu(bytes);
@@ -45,7 +48,7 @@ class Recycler final : public c10::Allocator {
       const std::lock_guard<std::mutex> guard(mutex_);
       sizes_[data] = bytes;
     }
-    c10::profiledCPUMemoryReporter().New(data, bytes);
+    c10::profiledCPUMemoryReporter().New(data, used);
     return {data, data, &give_back, c10::Device(c10::kCPU)};
   }
 
@@ -135,6 +138,8 @@ void Recycler::give_back(void* data) { instance().keep(data); }
 }  // namespace
 
 c10::Allocator& recycler() { return instance(); }
+
+c10::DataPtr reserve(size_t bytes, size_t used) { return instance().reserve(bytes, used); }
 
 size_t idle_bytes() { return instance().idle_bytes(); }
 

@@ -15,6 +15,10 @@ namespace boft {
 // Thread-safe, also across fork.
 c10::Allocator& recycler();
 
+// The same for a block of which no more than `used` bytes will be written, wherever in it: only pages that were written
+// take memory, so torch's memory profile counts `used`.
+c10::DataPtr reserve(size_t bytes, size_t used);
+
 // The bytes that are kept and not in use, which `release_idle` returns to the system.
 size_t idle_bytes();
 void release_idle();

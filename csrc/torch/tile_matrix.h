@@ -17,8 +17,8 @@ class TileMatrix {
 
   static bool serves(at::ScalarType dtype, int64_t depth, int64_t columns);
 
-  // Slices are multiples of `granule`, which divides `columns`, but for the last one. `like` has the dtype.
-  TileMatrix(const at::Tensor& like, int64_t depth, int64_t columns, int64_t granule);
+  // Slices are multiples of `granule`, which divides `columns`, but for the last one.
+  TileMatrix(int64_t depth, int64_t columns, int64_t granule);
   int64_t slices() const { return (columns_ + slice_ - 1) / slice_; }
   int64_t first(int64_t slice) const { return std::min(slice * slice_, columns_); }
 
@@ -26,12 +26,13 @@ class TileMatrix {
   // data[i * stride + j], or data[j * stride + i] if `transposed`. Thread-safe for different slices.
   void pack(int64_t slice, const void* data, int64_t stride, bool transposed);
 
-  // out = rows matrix + bias, all of one dtype and with columns that follow each other. Thread-safe.
+  // out = rows matrix + bias, all bfloat16 and with columns that follow each other. Thread-safe.
   void multiply(const at::Tensor& rows, const std::optional<at::Tensor>& bias, const at::Tensor& out) const;
 
  private:
+  at::BFloat16* packed() const { return static_cast<at::BFloat16*>(packed_.get()); }
   int64_t depth_, columns_, slice_;
-  at::Tensor packed_;
+  c10::DataPtr packed_;
 };
 
 }  // namespace boft
