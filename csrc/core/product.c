@@ -1,7 +1,6 @@
 /* Rows times a packed matrix: checks and the calls of the current variant. */
 #include "kernels.h"
 #include "status.h"
-#include "tiles.h"
 
 int boft_product_serves(boft_dtype dtype, int64_t depth, int64_t columns)
 {

@@ -42,20 +42,19 @@ VEC_ATTR static void product_pack(const boft_product_pack_args *args, int64_t be
         uint16_t *packed = (uint16_t *)args->packed + panel * BOFT_PRODUCT_COLUMNS * args->depth;
         for (int64_t k = 0; k < args->depth; k += AMX_DEPTH)
             for (int64_t j = panel * BOFT_PRODUCT_COLUMNS; j < (panel + 1) * BOFT_PRODUCT_COLUMNS; j += BF16_LANES) {
-                vec_float pairs[AMX_ROWS];
+                amx_tile *tile = (amx_tile *)(void *)packed;
+                if (args->transposed) {
+                    vec_float pairs[AMX_ROWS];
 #pragma GCC unroll 16
-                for (int q = 0; q < AMX_ROWS; q++)
-                    if (args->transposed)
+                    for (int q = 0; q < AMX_ROWS; q++)
                         pairs[q] = load_float((const float *)(const void *)(matrix + (j + q) * stride + k));
-                    else
-                        pairs[q] = _mm512_castsi512_ps(
-                            pairs_of(_mm256_loadu_si256((const __m256i *)(matrix + (k + 2 * q) * stride + j)),
-                                     _mm256_loadu_si256((const __m256i *)(matrix + (k + 2 * q + 1) * stride + j))));
-                if (args->transposed)
                     transpose_float(pairs);
 #pragma GCC unroll 16
-                for (int q = 0; q < AMX_ROWS; q++)
-                    store_float((float *)(void *)(packed + q * 2 * BF16_LANES), pairs[q]);
+                    for (int q = 0; q < AMX_ROWS; q++)
+                        store_float(tile->real[q], pairs[q]);
+                } else {
+                    amx_load(0, AMX_DEPTH, matrix + k * stride + j, stride, tile);
+                }
                 packed += PRODUCT_TILE;
             }
     }
