@@ -97,12 +97,18 @@ VEC_FN void DATA_FN(scale_backward_vector)(const DATA_FN(backward_rows) at, cons
         VEC(store)(at.dbias + j, dy_sum);
 }
 
-/* `rows` (a constant) rows from row t on, all columns; ds and dbias belong to their split. */
+/*
+ * `rows` (a constant) rows from row t on, all columns; ds and dbias belong to their split. dy and z are fetched ahead, as
+ * for rotate (boft_fetch): a layer's outputs lie in memory when its backward comes. Two Zen 4 cores, ds of 1576 rows,
+ * bfloat16 from memory: 384 columns 60 us instead of 123, 1536 244 instead of 382; float32 from the second-level cache
+ * 1.2 of the time without.
+ */
 VEC_FN void DATA_FN(scale_backward_rows)(const boft_scale_backward_args *args, const int rows, int64_t t, REAL *ds,
                                          REAL *dbias, int start)
 {
-    enum { LANES = VEC(VEC_LANES) };
-    const int64_t n = args->n;
+    /* Columns of a vector, and of as many vectors as there are in a line. */
+    enum { LANES = VEC(VEC_LANES), LINE = BOFT_LINE_BYTES / sizeof(DATA), STEP = LINE > LANES ? LINE : LANES };
+    const int64_t n = args->n, ahead = boft_ahead(BOFT_BAND_ROWS, t, rows, args->rows);
     const DATA_FN(backward_rows) at = {
         .dy = (const DATA *)args->dy + t * args->dy_stride,
         .z = ds ? (const DATA *)args->z + t * args->z_stride : NULL,
@@ -116,6 +122,13 @@ VEC_FN void DATA_FN(scale_backward_rows)(const boft_scale_backward_args *args, c
         .dbias = dbias,
     };
     int64_t j = 0;
+    for (; j + STEP <= n; j += STEP) {
+        boft_fetch(at.dy + j, sizeof *at.dy, at.dy_stride, ahead, rows, STEP);
+        if (ds)
+            boft_fetch(at.z + j, sizeof *at.z, at.z_stride, ahead, rows, STEP);
+        for (int64_t i = j; i < j + STEP; i += LANES)
+            DATA_FN(scale_backward_vector)(at, rows, 0, 0, i, start);
+    }
     for (; j + LANES <= n; j += LANES)
         DATA_FN(scale_backward_vector)(at, rows, 0, 0, j, start);
     if (j < n)
