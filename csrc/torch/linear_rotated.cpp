@@ -11,12 +11,18 @@ namespace {
 
 using at::Tensor;
 
+// Rows of a part: an output of so many stays in a thread's share of the caches, and what a part hands on takes little
+// memory. With fewer the products become slower (1576 rows of 384 to 1536 channels, two Sapphire Rapids cores, forward
+// and backward of the layer, as multiples of the frozen one: parts of 394 rows 1.13 to 1.19 in float32, of 788 1.06 to
+// 1.14; bfloat16 1.4 to 1.9 and 1.2 to 1.7).
+constexpr int64_t kPartRows = 1024;
+
 // z = (x R) weight^T + bias, and where `scale` is not NULL its rows scaled.
 void multiply_rotated(const Layer& layer, const Tensor& blocks, const Tensor& x, const Tensor& z,
                       const boft_scale_args* scale) {
   const Rows in(x);
   const Tensor z_rows = rows_of(z), matrix = layer.weight.t();
-  const int64_t parts = parts_of(in.rows, in.rows), size = x.element_size();
+  const int64_t parts = parts_of(in.rows, in.rows, kPartRows), size = x.element_size();
   const auto scale_rows = [&](int64_t begin, int64_t end, void*) {
     return scale == nullptr ? BOFT_OK : boft_scale(scale, begin, end);
   };
@@ -53,7 +59,7 @@ bool backward_in_parts(const Layer& layer, const Tensor& blocks, const Activatio
                       boft_scale_backward_splits);
   const int64_t rows = scale.grad.rows, n = scale.n, size = dy.element_size();
   const boft_plan plan = make_plan(layer.weight.size(1), layer.b, layer.m);
-  const int64_t splits = boft_rotate_backward_splits(&plan, rows), parts = parts_of(rows, splits);
+  const int64_t splits = boft_rotate_backward_splits(&plan, rows), parts = parts_of(rows, splits, kPartRows);
   if (parts == 0) return false;
   const Tensor dx = empty_rows(dy, plan.d);
   RotateBackwardSplits rotate(dx, need.boft_R ? kept.x : dx, blocks, layer.b, layer.m, false, need.x, need.boft_R,

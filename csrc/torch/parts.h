@@ -38,21 +38,20 @@ inline void multiply(const at::Tensor& rows, const at::Tensor& matrix, const std
     at::mm_out(out, rows, matrix);
 }
 
-// Rows of a part: an output of so many rows stays in a thread's share of the caches. Products of fewer rows become
-// slower, as each packs the weight anew (weights of 4096 x 4096, two Zen 4 cores: 5 % with 256 rows, none with 512; 1576
-// rows of 384 to 1536 channels, two Sapphire Rapids cores, forward and backward of the layer, as multiples of the frozen
-// one: parts of 394 rows 1.13 to 1.19 in float32, of 788 1.06 to 1.14; bfloat16 1.4 to 1.9 and 1.2 to 1.7).
-constexpr int64_t kPartRows = 1024, kFewestPartRows = 256;
+// Fewer rows are not worth a part: each product packs the weight anew (weights of 4096 x 4096, two Zen 4 cores: 5 %
+// with 256 rows, none with 512).
+constexpr int64_t kFewestPartRows = 256;
 
-// Parts that `rows` are cut into, part i of n with the rows from rows i / n on; 0 where the operators one by one, each
-// on all threads, are the better way. n is a power of two, at most `most`, as the splits of sums over rows are; with
-// two threads it is what it is with one, and so are the results of the matrix product.
-inline int64_t parts_of(int64_t rows, int64_t most) {
+// Parts of at most `longest` rows, where `most` allows it, that `rows` are cut into, part i of n with the rows from
+// rows i / n on; 0 where the operators one by one, each on all threads, are the better way. n is a power of two, at
+// most `most`, as the splits of sums over rows are; with two threads it is what it is with one, and so are the results
+// of the matrix product.
+inline int64_t parts_of(int64_t rows, int64_t most, int64_t longest) {
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   int64_t parts = 1;
-  while (parts < most && (parts < std::max<int64_t>(2, threads) || rows > parts * kPartRows)) parts *= 2;
-  const int64_t longest = (parts + threads - 1) / threads * rows / parts;
-  const bool even = longest * threads <= rows + rows / 16;
+  while (parts < most && (parts < std::max<int64_t>(2, threads) || rows > parts * longest)) parts *= 2;
+  const int64_t rows_of_a_thread = (parts + threads - 1) / threads * rows / parts;
+  const bool even = rows_of_a_thread * threads <= rows + rows / 16;
   return even && rows >= parts * kFewestPartRows ? parts : 0;
 }
 

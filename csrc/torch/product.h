@@ -7,7 +7,8 @@
 
 namespace boft {
 
-// out = rows matrix + bias: as `multiply` (parts.h), or float32 by oneDNN while `onednn_products`. Thread-safe.
+// out = rows matrix + bias: as `multiply` (parts.h), or large ones of float32 by oneDNN while `onednn_products`.
+// Thread-safe.
 void multiply_merged(const at::Tensor& rows, const at::Tensor& matrix, const std::optional<at::Tensor>& bias,
                      at::Tensor out);
 
