@@ -6,33 +6,94 @@
  * of the arguments again after each.
  */
 
-/* Rows t ... t + rows - 1 of the forward; rows is a constant. */
+/*
+ * `vectors` vectors, one or two, or the first `lanes` numbers of one if `partial`, of reals and of data. vectors and
+ * partial are constants, here and below.
+ */
+VEC_FN void DATA_FN(load_reals)(const int vectors, const int partial, int64_t lanes, const REAL *from, VEC(vec) to[2])
+{
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; v++)
+        to[v] = partial ? VEC(loadn)(from, lanes) : VEC(load)(from + v * VEC(VEC_LANES));
+}
+
+VEC_FN void DATA_FN(store_reals)(const int vectors, const int partial, int64_t lanes, REAL *to, const VEC(vec) from[2])
+{
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; v++)
+        if (partial)
+            VEC(storen)(to, from[v], lanes);
+        else
+            VEC(store)(to + v * VEC(VEC_LANES), from[v]);
+}
+
+VEC_FN void DATA_FN(load_data)(const int vectors, const int partial, int64_t lanes, const DATA *from, VEC(vec) to[2])
+{
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; v++)
+        to[v] = partial ? LOAD(loadn)(from, lanes) : LOAD(load)(from + v * VEC(VEC_LANES));
+}
+
+VEC_FN void DATA_FN(store_data)(const int vectors, const int partial, int64_t lanes, DATA *to, const VEC(vec) from[2])
+{
+    if (partial)
+        LOAD(storen)(to, from[0], lanes);
+    else if (vectors == 2)
+        LOAD(store_two)(to, from[0], from[1]);
+    else
+        LOAD(store)(to, from[0]);
+}
+
+/* Where rows t, t + 1, ... of the forward lie; bias may be NULL. */
+typedef struct DATA_FN(forward_rows) {
+    const DATA *z;
+    DATA *out;
+    int64_t z_stride, out_stride;
+    const REAL *s, *bias;
+} DATA_FN(forward_rows);
+
+/* Columns from j on of `rows` (a constant) rows. */
+VEC_FN void DATA_FN(scale_columns)(const DATA_FN(forward_rows) at, const int rows, const int vectors, const int partial,
+                                   int64_t lanes, int64_t j)
+{
+    const VEC(vec) one = VEC(set1)(1), zero = VEC(zero)();
+    VEC(vec) factor[2], shift[2] = {zero, zero}, sum[2];
+    DATA_FN(load_reals)(vectors, partial, lanes, at.s + j, factor);
+    if (at.bias)
+        DATA_FN(load_reals)(vectors, partial, lanes, at.bias + j, shift);
+#pragma GCC unroll 2
+    for (int i = 0; i < rows; i++) {
+        DATA_FN(load_data)(vectors, partial, lanes, at.z + i * at.z_stride + j, sum);
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; v++) {
+            sum[v] = VEC(mul)(sum[v], factor[v]);
+            if (at.bias)
+                sum[v] = VEC(fma)(shift[v], VEC(sub)(one, factor[v]), sum[v]);
+        }
+        DATA_FN(store_data)(vectors, partial, lanes, at.out + i * at.out_stride + j, sum);
+    }
+}
+
+/* Rows t ... t + rows - 1; rows is a constant. */
 VEC_FN void DATA_FN(scale_rows)(const boft_scale_args *args, const int rows, int64_t t)
 {
     enum { LANES = VEC(VEC_LANES) };
-    const REAL *s = args->s, *bias = args->bias;
-    const DATA *z = (const DATA *)args->z + t * args->z_stride;
-    DATA *out = (DATA *)args->out + t * args->out_stride;
-    const int64_t n = args->n, z_stride = args->z_stride, out_stride = args->out_stride;
-    const VEC(vec) one = VEC(set1)(1);
+    const int64_t n = args->n;
+    const DATA_FN(forward_rows) at = {
+        .z = (const DATA *)args->z + t * args->z_stride,
+        .out = (DATA *)args->out + t * args->out_stride,
+        .z_stride = args->z_stride,
+        .out_stride = args->out_stride,
+        .s = args->s,
+        .bias = args->bias,
+    };
     int64_t j = 0;
-    for (; j + LANES <= n; j += LANES) {
-        const VEC(vec) factor = VEC(load)(s + j);
-#pragma GCC unroll 2
-        for (int i = 0; i < rows; i++) {
-            VEC(vec) sum = VEC(mul)(LOAD(load)(z + i * z_stride + j), factor);
-            if (bias)
-                sum = VEC(fma)(VEC(load)(bias + j), VEC(sub)(one, factor), sum);
-            LOAD(store)(out + i * out_stride + j, sum);
-        }
-    }
-    for (int i = 0; j < n && i < rows; i++) {
-        const VEC(vec) factor = VEC(loadn)(s + j, n - j);
-        VEC(vec) sum = VEC(mul)(LOAD(loadn)(z + i * z_stride + j, n - j), factor);
-        if (bias)
-            sum = VEC(fma)(VEC(loadn)(bias + j, n - j), VEC(sub)(one, factor), sum);
-        LOAD(storen)(out + i * out_stride + j, sum, n - j);
-    }
+    for (; j + 2 * LANES <= n; j += 2 * LANES)
+        DATA_FN(scale_columns)(at, rows, 2, 0, 0, j);
+    for (; j + LANES <= n; j += LANES)
+        DATA_FN(scale_columns)(at, rows, 1, 0, 0, j);
+    if (j < n)
+        DATA_FN(scale_columns)(at, rows, 1, 1, n - j, j);
 }
 
 VEC_ATTR static void DATA_FN(scale)(const boft_scale_args *args, int64_t begin, int64_t end)
@@ -54,47 +115,41 @@ typedef struct DATA_FN(backward_rows) {
 } DATA_FN(backward_rows);
 
 /*
- * One vector of columns from column j on, `lanes` wide if `partial`, of `rows` rows. The sums are added to, or started if
- * `start`; dbias holds the plain sum of dy. rows and partial are constants.
+ * Columns from j on of `rows` (a constant) rows. The sums are added to, or started if `start`; dbias holds the plain sum
+ * of dy.
  */
-VEC_FN void DATA_FN(scale_backward_vector)(const DATA_FN(backward_rows) at, const int rows, const int partial,
-                                           int64_t lanes, int64_t j, int start)
+VEC_FN void DATA_FN(scale_backward_columns)(const DATA_FN(backward_rows) at, const int rows, const int vectors,
+                                            const int partial, int64_t lanes, int64_t j, int start)
 {
-    const VEC(vec) factor = partial ? VEC(loadn)(at.s + j, lanes) : VEC(load)(at.s + j);
-    VEC(vec) shift = VEC(zero)(), ds_sum = VEC(zero)(), dy_sum = VEC(zero)();
+    const VEC(vec) zero = VEC(zero)();
+    VEC(vec) factor[2], shift[2] = {zero, zero}, ds_sum[2] = {zero, zero}, dy_sum[2] = {zero, zero}, grad[2], value[2];
+    DATA_FN(load_reals)(vectors, partial, lanes, at.s + j, factor);
     if (at.bias)
-        shift = partial ? VEC(loadn)(at.bias + j, lanes) : VEC(load)(at.bias + j);
+        DATA_FN(load_reals)(vectors, partial, lanes, at.bias + j, shift);
     if (at.ds && !start)
-        ds_sum = partial ? VEC(loadn)(at.ds + j, lanes) : VEC(load)(at.ds + j);
+        DATA_FN(load_reals)(vectors, partial, lanes, at.ds + j, ds_sum);
     if (at.dbias && !start)
-        dy_sum = partial ? VEC(loadn)(at.dbias + j, lanes) : VEC(load)(at.dbias + j);
+        DATA_FN(load_reals)(vectors, partial, lanes, at.dbias + j, dy_sum);
 #pragma GCC unroll 2
     for (int i = 0; i < rows; i++) {
-        const DATA *dy = at.dy + i * at.dy_stride + j;
-        const VEC(vec) grad = partial ? LOAD(loadn)(dy, lanes) : LOAD(load)(dy);
-        if (at.ds) {
-            const DATA *z = at.z + i * at.z_stride + j;
-            const VEC(vec) value = partial ? LOAD(loadn)(z, lanes) : LOAD(load)(z);
-            ds_sum = VEC(fma)(grad, VEC(sub)(value, shift), ds_sum);
+        DATA_FN(load_data)(vectors, partial, lanes, at.dy + i * at.dy_stride + j, grad);
+        if (at.ds)
+            DATA_FN(load_data)(vectors, partial, lanes, at.z + i * at.z_stride + j, value);
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; v++) {
+            if (at.ds)
+                ds_sum[v] = VEC(fma)(grad[v], VEC(sub)(value[v], shift[v]), ds_sum[v]);
+            if (at.dbias)
+                dy_sum[v] = VEC(add)(grad[v], dy_sum[v]);
+            grad[v] = VEC(mul)(grad[v], factor[v]);
         }
-        if (at.dbias)
-            dy_sum = VEC(add)(grad, dy_sum);
-        if (at.dz) {
-            DATA *dz = at.dz + i * at.dz_stride + j;
-            if (partial)
-                LOAD(storen)(dz, VEC(mul)(grad, factor), lanes);
-            else
-                LOAD(store)(dz, VEC(mul)(grad, factor));
-        }
+        if (at.dz)
+            DATA_FN(store_data)(vectors, partial, lanes, at.dz + i * at.dz_stride + j, grad);
     }
-    if (at.ds && partial)
-        VEC(storen)(at.ds + j, ds_sum, lanes);
-    else if (at.ds)
-        VEC(store)(at.ds + j, ds_sum);
-    if (at.dbias && partial)
-        VEC(storen)(at.dbias + j, dy_sum, lanes);
-    else if (at.dbias)
-        VEC(store)(at.dbias + j, dy_sum);
+    if (at.ds)
+        DATA_FN(store_reals)(vectors, partial, lanes, at.ds + j, ds_sum);
+    if (at.dbias)
+        DATA_FN(store_reals)(vectors, partial, lanes, at.dbias + j, dy_sum);
 }
 
 /*
@@ -106,8 +161,8 @@ VEC_FN void DATA_FN(scale_backward_vector)(const DATA_FN(backward_rows) at, cons
 VEC_FN void DATA_FN(scale_backward_rows)(const boft_scale_backward_args *args, const int rows, int64_t t, REAL *ds,
                                          REAL *dbias, int start)
 {
-    /* Columns of a vector, and of as many vectors as there are in a line. */
-    enum { LANES = VEC(VEC_LANES), LINE = BOFT_LINE_BYTES / sizeof(DATA), STEP = LINE > LANES ? LINE : LANES };
+    /* Columns of a vector, and of the vectors of a line, or of two where those are more. */
+    enum { LANES = VEC(VEC_LANES), LINE = BOFT_LINE_BYTES / sizeof(DATA), STEP = LINE > 2 * LANES ? LINE : 2 * LANES };
     const int64_t n = args->n, ahead = boft_ahead(BOFT_BAND_ROWS, t, rows, args->rows);
     const DATA_FN(backward_rows) at = {
         .dy = (const DATA *)args->dy + t * args->dy_stride,
@@ -126,13 +181,13 @@ VEC_FN void DATA_FN(scale_backward_rows)(const boft_scale_backward_args *args, c
         boft_fetch(at.dy + j, sizeof *at.dy, at.dy_stride, ahead, rows, STEP);
         if (ds)
             boft_fetch(at.z + j, sizeof *at.z, at.z_stride, ahead, rows, STEP);
-        for (int64_t i = j; i < j + STEP; i += LANES)
-            DATA_FN(scale_backward_vector)(at, rows, 0, 0, i, start);
+        for (int64_t i = j; i < j + STEP; i += 2 * LANES)
+            DATA_FN(scale_backward_columns)(at, rows, 2, 0, 0, i, start);
     }
     for (; j + LANES <= n; j += LANES)
-        DATA_FN(scale_backward_vector)(at, rows, 0, 0, j, start);
+        DATA_FN(scale_backward_columns)(at, rows, 1, 0, 0, j, start);
     if (j < n)
-        DATA_FN(scale_backward_vector)(at, rows, 1, n - j, j, start);
+        DATA_FN(scale_backward_columns)(at, rows, 1, 1, n - j, j, start);
 }
 
 VEC_ATTR static void DATA_FN(scale_backward)(const boft_scale_backward_args *args, int64_t begin, int64_t end)

@@ -11,6 +11,22 @@
 
 #include <string.h>
 
+/* store_two: two vectors side by side. Where the processor narrows both at once, vec_*.h has it for bfloat16. */
+#define STORE_TWO(name, type, real)                                                                                    \
+    VEC_FN void store_two_##name(type *p, vec_##real a, vec_##real b)                                                  \
+    {                                                                                                                  \
+        store_##name(p, a);                                                                                            \
+        store_##name(p + VEC_LANES_##real, b);                                                                         \
+    }
+
+STORE_TWO(float, float, float)
+STORE_TWO(double, double, double)
+STORE_TWO(f16, uint16_t, float)
+#ifndef VEC_NATIVE_BF16
+STORE_TWO(bf16, uint16_t, float)
+#endif
+#undef STORE_TWO
+
 #define REAL float
 #define FN(name) name##_of_float
 #define VEC(name) name##_float

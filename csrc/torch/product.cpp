@@ -47,8 +47,8 @@ std::atomic<bool>& wanted() {
 }
 
 // Multiply-adds below which a product is left to torch: oneDNN, and a bias that it adds to, take some 20 us a call (two
-// Zen 4 cores, steps as multiples of the frozen layer, by oneDNN and by MKL: 512 rows of 96 x 96 1.78 and 1.49, 1024 1.55
-// and 1.44, in parts of half as many; 4096 1.18 and 1.22).
+// Zen 4 cores, steps as multiples of the frozen layer, all by oneDNN and with this: 512 rows of 96 x 96 1.76 and 1.48,
+// 1024 1.54 and 1.33, 512 rows of 128 x 128 1.58 and 1.34).
 constexpr int64_t kFewestProducts = 1 << 23;
 
 }  // namespace
