@@ -64,7 +64,7 @@ bool is_packed(at::ScalarType dtype, int64_t d, int64_t n) {
 
 // Rows of a part where torch multiplies. 16-bit parts may be long, as a part hands nothing on but what the next product
 // reads. Steps on two Zen 4 cores, bfloat16, multiples of the frozen layer, parts of 1024 and of 2048 or more rows:
-// 4096 rows of 96 x 96 1.40 and 1.27, of 96 x 384 1.20 and 1.15, of 384 x 384 1.07 and 1.03, 16384 of 96 x 96 1.44 and
+// 4096 rows of 96 x 96 1.40 and 1.31, of 96 x 384 1.20 and 1.15, of 384 x 384 1.07 and 1.03, 16384 of 96 x 96 1.44 and
 // 1.23; 8192 of 2048 x 2048 equal. float32 gains nothing, and its bias, which oneDNN adds to, should lie in cache.
 int64_t plain_part_rows(at::ScalarType dtype) { return c10::elementSize(dtype) == 2 ? 4096 : 1024; }
 
