@@ -6,44 +6,6 @@
  * of the arguments again after each.
  */
 
-/*
- * `vectors` vectors, one or two, or the first `lanes` numbers of one if `partial`, of reals and of data. vectors and
- * partial are constants, here and below.
- */
-VEC_FN void DATA_FN(load_reals)(const int vectors, const int partial, int64_t lanes, const REAL *from, VEC(vec) to[2])
-{
-#pragma GCC unroll 2
-    for (int v = 0; v < vectors; v++)
-        to[v] = partial ? VEC(loadn)(from, lanes) : VEC(load)(from + v * VEC(VEC_LANES));
-}
-
-VEC_FN void DATA_FN(store_reals)(const int vectors, const int partial, int64_t lanes, REAL *to, const VEC(vec) from[2])
-{
-#pragma GCC unroll 2
-    for (int v = 0; v < vectors; v++)
-        if (partial)
-            VEC(storen)(to, from[v], lanes);
-        else
-            VEC(store)(to + v * VEC(VEC_LANES), from[v]);
-}
-
-VEC_FN void DATA_FN(load_data)(const int vectors, const int partial, int64_t lanes, const DATA *from, VEC(vec) to[2])
-{
-#pragma GCC unroll 2
-    for (int v = 0; v < vectors; v++)
-        to[v] = partial ? LOAD(loadn)(from, lanes) : LOAD(load)(from + v * VEC(VEC_LANES));
-}
-
-VEC_FN void DATA_FN(store_data)(const int vectors, const int partial, int64_t lanes, DATA *to, const VEC(vec) from[2])
-{
-    if (partial)
-        LOAD(storen)(to, from[0], lanes);
-    else if (vectors == 2)
-        LOAD(store_two)(to, from[0], from[1]);
-    else
-        LOAD(store)(to, from[0]);
-}
-
 /* Where rows t, t + 1, ... of the forward lie; bias may be NULL. */
 typedef struct DATA_FN(forward_rows) {
     const DATA *z;
@@ -52,25 +14,25 @@ typedef struct DATA_FN(forward_rows) {
     const REAL *s, *bias;
 } DATA_FN(forward_rows);
 
-/* Columns from j on of `rows` (a constant) rows. */
+/* Columns from j on of `rows` (a constant) rows: those of load_vectors. */
 VEC_FN void DATA_FN(scale_columns)(const DATA_FN(forward_rows) at, const int rows, const int vectors, const int partial,
                                    int64_t lanes, int64_t j)
 {
     const VEC(vec) one = VEC(set1)(1), zero = VEC(zero)();
     VEC(vec) factor[2], shift[2] = {zero, zero}, sum[2];
-    DATA_FN(load_reals)(vectors, partial, lanes, at.s + j, factor);
+    VEC(load_vectors)(vectors, partial, lanes, at.s + j, factor);
     if (at.bias)
-        DATA_FN(load_reals)(vectors, partial, lanes, at.bias + j, shift);
+        VEC(load_vectors)(vectors, partial, lanes, at.bias + j, shift);
 #pragma GCC unroll 2
     for (int i = 0; i < rows; i++) {
-        DATA_FN(load_data)(vectors, partial, lanes, at.z + i * at.z_stride + j, sum);
+        LOAD(load_vectors)(vectors, partial, lanes, at.z + i * at.z_stride + j, sum);
 #pragma GCC unroll 2
         for (int v = 0; v < vectors; v++) {
             sum[v] = VEC(mul)(sum[v], factor[v]);
             if (at.bias)
                 sum[v] = VEC(fma)(shift[v], VEC(sub)(one, factor[v]), sum[v]);
         }
-        DATA_FN(store_data)(vectors, partial, lanes, at.out + i * at.out_stride + j, sum);
+        LOAD(store_vectors)(vectors, partial, lanes, at.out + i * at.out_stride + j, sum);
     }
 }
 
@@ -115,26 +77,26 @@ typedef struct DATA_FN(backward_rows) {
 } DATA_FN(backward_rows);
 
 /*
- * Columns from j on of `rows` (a constant) rows. The sums are added to, or started if `start`; dbias holds the plain sum
- * of dy.
+ * Columns from j on of `rows` (a constant) rows: those of load_vectors. The sums are added to, or started if `start`;
+ * dbias holds the plain sum of dy.
  */
 VEC_FN void DATA_FN(scale_backward_columns)(const DATA_FN(backward_rows) at, const int rows, const int vectors,
                                             const int partial, int64_t lanes, int64_t j, int start)
 {
     const VEC(vec) zero = VEC(zero)();
     VEC(vec) factor[2], shift[2] = {zero, zero}, ds_sum[2] = {zero, zero}, dy_sum[2] = {zero, zero}, grad[2], value[2];
-    DATA_FN(load_reals)(vectors, partial, lanes, at.s + j, factor);
+    VEC(load_vectors)(vectors, partial, lanes, at.s + j, factor);
     if (at.bias)
-        DATA_FN(load_reals)(vectors, partial, lanes, at.bias + j, shift);
+        VEC(load_vectors)(vectors, partial, lanes, at.bias + j, shift);
     if (at.ds && !start)
-        DATA_FN(load_reals)(vectors, partial, lanes, at.ds + j, ds_sum);
+        VEC(load_vectors)(vectors, partial, lanes, at.ds + j, ds_sum);
     if (at.dbias && !start)
-        DATA_FN(load_reals)(vectors, partial, lanes, at.dbias + j, dy_sum);
+        VEC(load_vectors)(vectors, partial, lanes, at.dbias + j, dy_sum);
 #pragma GCC unroll 2
     for (int i = 0; i < rows; i++) {
-        DATA_FN(load_data)(vectors, partial, lanes, at.dy + i * at.dy_stride + j, grad);
+        LOAD(load_vectors)(vectors, partial, lanes, at.dy + i * at.dy_stride + j, grad);
         if (at.ds)
-            DATA_FN(load_data)(vectors, partial, lanes, at.z + i * at.z_stride + j, value);
+            LOAD(load_vectors)(vectors, partial, lanes, at.z + i * at.z_stride + j, value);
 #pragma GCC unroll 2
         for (int v = 0; v < vectors; v++) {
             if (at.ds)
@@ -144,12 +106,12 @@ VEC_FN void DATA_FN(scale_backward_columns)(const DATA_FN(backward_rows) at, con
             grad[v] = VEC(mul)(grad[v], factor[v]);
         }
         if (at.dz)
-            DATA_FN(store_data)(vectors, partial, lanes, at.dz + i * at.dz_stride + j, grad);
+            LOAD(store_vectors)(vectors, partial, lanes, at.dz + i * at.dz_stride + j, grad);
     }
     if (at.ds)
-        DATA_FN(store_reals)(vectors, partial, lanes, at.ds + j, ds_sum);
+        VEC(store_vectors)(vectors, partial, lanes, at.ds + j, ds_sum);
     if (at.dbias)
-        DATA_FN(store_reals)(vectors, partial, lanes, at.dbias + j, dy_sum);
+        VEC(store_vectors)(vectors, partial, lanes, at.dbias + j, dy_sum);
 }
 
 /*

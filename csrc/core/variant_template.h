@@ -11,12 +11,34 @@
 
 #include <string.h>
 
-/* store_two: two vectors side by side. Where the processor narrows both at once, vec_*.h has it for bfloat16. */
+/*
+ * load_vectors and store_vectors: one or two vectors side by side, or the first `lanes` numbers of one if `partial`.
+ * vectors and partial are constants. store_two, of which they make use: where the processor narrows two at once,
+ * vec_*.h has it for bfloat16.
+ */
 #define STORE_TWO(name, type, real)                                                                                    \
     VEC_FN void store_two_##name(type *p, vec_##real a, vec_##real b)                                                  \
     {                                                                                                                  \
         store_##name(p, a);                                                                                            \
         store_##name(p + VEC_LANES_##real, b);                                                                         \
+    }
+#define VECTORS(name, type, real)                                                                                      \
+    VEC_FN void load_vectors_##name(const int vectors, const int partial, int64_t lanes, const type *from,             \
+                                    vec_##real to[2])                                                                  \
+    {                                                                                                                  \
+        _Pragma("GCC unroll 2")                                                                                        \
+        for (int v = 0; v < vectors; v++)                                                                              \
+            to[v] = partial ? loadn_##name(from, lanes) : load_##name(from + v * VEC_LANES_##real);                    \
+    }                                                                                                                  \
+    VEC_FN void store_vectors_##name(const int vectors, const int partial, int64_t lanes, type *to,                    \
+                                     const vec_##real from[2])                                                         \
+    {                                                                                                                  \
+        if (partial)                                                                                                   \
+            storen_##name(to, from[0], lanes);                                                                         \
+        else if (vectors == 2)                                                                                         \
+            store_two_##name(to, from[0], from[1]);                                                                    \
+        else                                                                                                           \
+            store_##name(to, from[0]);                                                                                 \
     }
 
 STORE_TWO(float, float, float)
@@ -25,7 +47,12 @@ STORE_TWO(f16, uint16_t, float)
 #ifndef VEC_NATIVE_BF16
 STORE_TWO(bf16, uint16_t, float)
 #endif
+VECTORS(float, float, float)
+VECTORS(double, double, double)
+VECTORS(f16, uint16_t, float)
+VECTORS(bf16, uint16_t, float)
 #undef STORE_TWO
+#undef VECTORS
 
 #define REAL float
 #define FN(name) name##_of_float
