@@ -57,14 +57,27 @@ def test_large_and_dense_shapes(d, b, m):
         assert_exact(what, ours, exact)
 
 
-@pytest.mark.parametrize("size", [1e-4, 1e-2, 1.0])
-@pytest.mark.parametrize("d, b, m", [(768, 8, 2), (1024, 4, 4), (512, 2, 9), (320, 20, 2)])
+@pytest.mark.parametrize("size", [1e-4, 1e-2, 2e-2, 3e-2, 1.0])
+@pytest.mark.parametrize("d, b, m", [(768, 8, 2), (1024, 4, 4), (512, 2, 9), (320, 20, 2), (640, 40, 3)])
 def test_sixteen_bits_are_rounded_once(form, d, b, m, size):
     boft_R, x = size * parameters(d, b, m), torch.randn(16, d)
     for dtype in (torch.bfloat16, torch.float16):
         exact = reference.rotate(x.to(dtype).double(), boft_R.double())
         once = relative_error(exact.to(dtype), exact)
         assert relative_error(functional.rotate(x.to(dtype), boft_R), exact) <= 1.1 * once
+
+
+def test_a_large_rotation_beside_small_ones_is_rounded_once(form):
+    boft_R, x = 1e-3 * parameters(640, 40, 3), torch.randn(16, 640).bfloat16().requires_grad_()
+    boft_R[:, 2] *= 1000
+    dy = torch.randn(16, 640).bfloat16()
+    y = functional.rotate(x, boft_R)
+    exact_y, exact_dx, _ = exact_rotation(x, boft_R, dy)
+    for ours, exact in ((y, exact_y), (torch.autograd.grad(y, x, dy)[0], exact_dx)):
+        # Column by column, as one that is wrong would hardly show in the whole.
+        for j in range(640):
+            once = relative_error(exact[:, j].bfloat16(), exact[:, j])
+            assert relative_error(ours[:, j], exact[:, j]) <= 1.5 * max(once, 1e-3), j
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -4,7 +4,7 @@
  *
  *   BF16_ROWS, BF16_BACK_ROWS  rows of a tile of the forward and of the backward; fetched are those one band ahead
  *   bf16_begin, bf16_end       around every use of the others
- *   bf16_pack                  the blocks of a span for bf16_multiply, in as many bytes as they have as floats
+ *   bf16_pack                  the blocks of a span for bf16_multiply, in at most as many bytes as they have as floats
  *   bf16_multiply              y = x R for the rows of a tile, row t times factors[t] unless that is NULL
  *   bf16_gradient_rows         dblocks += x^T dy for the rows of a tile, or = if `start`; inlined where some of its
  *                              arguments are constants
@@ -24,6 +24,12 @@ typedef struct bf16_room {
     uint16_t *data;
     int64_t stride, ahead;
 } bf16_room;
+
+/* Packed blocks, each entry the sum of `terms` numbers, 1 or 2. */
+typedef struct bf16_blocks {
+    const __m512i *pairs;
+    int terms;
+} bf16_blocks;
 
 /* Channels of a vector, and of the smallest group. */
 enum { BF16_LANES = 16 };
@@ -67,25 +73,35 @@ VEC_FN void bf16_load(const int count, int64_t rows, const uint16_t *data, int64
     }
 }
 
-/*
- * Blocks, minus the identity if `rest`, each entry as the sum of two bfloat16 numbers hi + lo, as pairs of rows 2p and
- * 2p + 1: `group` pairs of hi, then `group` of lo, for each p.
- */
-VEC_FN void bf16_split(const int rest, int64_t group, int64_t groups, const float *blocks, __m512i *packed)
+/* A vector of row k of a block from column j on, minus the identity. */
+VEC_FN vec_float bf16_rest(const float *at, int64_t k, int64_t j)
 {
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    for (int64_t row = 0; row < groups * group; row += 2, blocks += 2 * group)
-        for (int64_t j = 0; j < group; j += BF16_LANES) {
+    const __mmask16 diagonal = _mm512_cmpeq_epi32_mask(lane, _mm512_set1_epi32((int32_t)(k - j)));
+    return sub_float(load_float(at), _mm512_maskz_mov_ps(diagonal, set1_float(1)));
+}
+
+/*
+ * Blocks, minus the identity if `rest`, each entry as the sum of `terms` bfloat16 numbers, hi or hi + lo, as pairs of
+ * rows 2p and 2p + 1: `group` pairs of hi, then as many of lo, for each p. rest and terms are constants.
+ */
+VEC_FN void bf16_split(const int rest, const int terms, int64_t group, int64_t groups, const float *blocks,
+                       __m512i *packed)
+{
+    const int64_t across = group / BF16_LANES;
+    for (int64_t row = 0; row < groups * group; row += 2, blocks += 2 * group, packed += terms * across)
+        for (int64_t v = 0; v < across; v++) {
+            const int64_t j = v * BF16_LANES;
             __m256i hi[2], lo[2];
             for (int i = 0; i < 2; i++) {
-                const __m512i own = _mm512_set1_epi32((int32_t)(row % group + i - j));
-                const __mmask16 diagonal = rest ? _mm512_cmpeq_epi32_mask(lane, own) : 0;
-                const vec_float one = _mm512_maskz_mov_ps(diagonal, set1_float(1));
-                const vec_float e = sub_float(load_float(blocks + i * group + j), one);
+                const float *at = blocks + i * group + j;
+                const vec_float e = rest ? bf16_rest(at, row % group + i, j) : load_float(at);
                 hi[i] = narrow_bf16(e);
-                lo[i] = narrow_bf16(sub_float(e, widen_bf16(hi[i])));
+                if (terms > 1)
+                    lo[i] = narrow_bf16(sub_float(e, widen_bf16(hi[i])));
             }
-            packed[(row * group + j) / BF16_LANES] = pairs_of(hi[0], hi[1]);
-            packed[((row + 1) * group + j) / BF16_LANES] = pairs_of(lo[0], lo[1]);
+            packed[v] = pairs_of(hi[0], hi[1]);
+            if (terms > 1)
+                packed[across + v] = pairs_of(lo[0], lo[1]);
         }
 }

@@ -86,9 +86,10 @@ VEC_ATTR static void bf16_end(void)
     _tile_release();
 }
 
-VEC_ATTR static void bf16_pack(int64_t group, int64_t groups, const float *blocks, __m512i *packed)
+VEC_ATTR static bf16_blocks bf16_pack(int64_t group, int64_t groups, const float *blocks, __m512i *packed)
 {
-    bf16_split(0, group, groups, blocks, packed);
+    bf16_split(0, 2, group, groups, blocks, packed);
+    return (bf16_blocks){packed, 2};
 }
 
 /* `rows` rows of sums, row t times factors[t] unless that is NULL, rounded to y. */
@@ -162,14 +163,14 @@ VEC_ATTR static __attribute__((noinline)) void amx_multiply_one(int64_t groups, 
 }
 
 VEC_ATTR static __attribute__((noinline)) void bf16_multiply(int64_t group, int64_t groups, int64_t rows, bf16_rows x,
-                                                             const __m512i *packed, const float *factors, bf16_room y)
+                                                             bf16_blocks blocks, const float *factors, bf16_room y)
 {
     if (group == BF16_LANES && rows == BF16_ROWS)
-        amx_multiply_one(groups, x, packed, factors, y);
+        amx_multiply_one(groups, x, blocks.pairs, factors, y);
     else if (rows > AMX_ROWS)
-        amx_multiply_rows(2, group, groups, rows, x, packed, factors, y);
+        amx_multiply_rows(2, group, groups, rows, x, blocks.pairs, factors, y);
     else
-        amx_multiply_rows(1, group, groups, rows, x, packed, factors, y);
+        amx_multiply_rows(1, group, groups, rows, x, blocks.pairs, factors, y);
 }
 
 /* `rows` rows of 16 channels as pairs of rows: row q of the tile has pair q of every channel, transposed row k all pairs

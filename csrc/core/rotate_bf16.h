@@ -37,13 +37,13 @@ VEC_ATTR static void bf16_rotate(const boft_rotate_args *args, const float *fact
     bf16_begin(group);
     for (int64_t first = 0; first < plan->d; first += span) {
         const int64_t groups = boft_min(span, plan->d - first) / group;
-        bf16_pack(group, groups, (const float *)args->blocks + first * group, workspace);
+        const bf16_blocks blocks = bf16_pack(group, groups, (const float *)args->blocks + first * group, workspace);
         for (int64_t row = begin; row < end; row += BF16_ROWS) {
             const int64_t rows = boft_min(BF16_ROWS, end - row);
             const int64_t ahead = boft_ahead(BF16_ROWS, row, rows, args->rows);
             const bf16_rows x = {(const uint16_t *)args->x + row * args->x_stride + first, args->x_stride, ahead};
             const bf16_room y = {(uint16_t *)args->y + row * args->y_stride + first, args->y_stride, ahead};
-            bf16_multiply(group, groups, rows, x, workspace, factors ? factors + row : NULL, y);
+            bf16_multiply(group, groups, rows, x, blocks, factors ? factors + row : NULL, y);
         }
     }
     bf16_end();
@@ -62,8 +62,9 @@ VEC_ATTR static void bf16_rotate_backward(const boft_rotate_backward_args *args,
         const int64_t first = boft_split_begin(args->rows, split, splits);
         const int64_t past = boft_split_begin(args->rows, split + 1, splits);
         float *dblocks = args->dblocks ? (float *)args->dblocks + split * plan->count + channel * group : NULL;
+        bf16_blocks back = {NULL, 0};
         if (args->dx)
-            bf16_pack(group, groups, (const float *)args->blocks_back + channel * group, workspace);
+            back = bf16_pack(group, groups, (const float *)args->blocks_back + channel * group, workspace);
         for (int64_t row = first; row < past; row += BF16_BACK_ROWS) {
             const int64_t rows = boft_min(BF16_BACK_ROWS, past - row);
             const int64_t ahead = boft_ahead(BF16_ROWS, row, rows, args->rows);
@@ -76,7 +77,7 @@ VEC_ATTR static void bf16_rotate_backward(const boft_rotate_backward_args *args,
             }
             if (args->dx) {
                 const bf16_room dx = {(uint16_t *)args->dx + row * args->dx_stride + channel, args->dx_stride, ahead};
-                bf16_multiply(group, groups, rows, dy, workspace, NULL, dx);
+                bf16_multiply(group, groups, rows, dy, back, NULL, dx);
             }
         }
     }
