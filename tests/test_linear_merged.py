@@ -13,7 +13,7 @@ import boft_ext
 from boft_ext import reference
 
 # (d, out, b, m): groups in lanes, of one vector, two vectors, more, with rests, one factor, odd b; sizes that
-# processors with matrix instructions multiply in bfloat16, in one slice and in several, of groups that do not divide a
+# the core multiplies, in one slice and in several, of groups that do not divide a
 # slice; and several levels, which go on rotating the input.
 SHAPES = [
     *[(32, 24, 4, 2), (64, 48, 8, 2), (64, 40, 8, 3), (80, 17, 20, 3), (40, 24, 10, 2), (30, 8, 5, 1), (96, 33, 2, 4)],
@@ -69,8 +69,9 @@ def test_as_exact_as_torch(shape, dtype, near_one, bias, rows, seed):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("variant", boft_ext._C.cpu_variants())
-def test_variants(variant, dtype, seed):
-    layer, x, dy = problem((64, 48, 8, 2), True, dtype, (600,), seed)
+@pytest.mark.parametrize("shape", [(64, 48, 8, 2), (64, 96, 8, 2)], ids=str)
+def test_variants(shape, variant, dtype, seed):
+    layer, x, dy = problem(shape, True, dtype, (600,), seed)
     with boft_ext.ops.cpu_variant(variant):
         ours = run(layer, x, dy)
     check(layer, x, dy, ours)
@@ -87,12 +88,12 @@ def onednn(request):
     boft_ext._C.onednn_products(before)
 
 
-# The third has more outputs than rows: these products gain enough for it to be merged too. The last ones are so deep
-# that they are packed in more than two slices, of channels or of outputs.
+# The third has more outputs than rows: these products gain enough for it to be merged too. The fourth is one that the
+# core multiplies. The last ones are so deep that they are packed in more than two slices, of channels or of outputs.
 @pytest.mark.parametrize(
     ("shape", "rows"),
     [
-        *[((64, 48, 8, 2), 600), ((80, 17, 20, 3), 600), ((256, 700, 8, 2), 600)],
+        *[((64, 48, 8, 2), 600), ((80, 17, 20, 3), 600), ((256, 700, 8, 2), 600), ((256, 800, 8, 2), 1001)],
         *[((2304, 24, 8, 2), 600), ((8, 2300, 8, 1), 2300)],
     ],
     ids=str,

@@ -4,21 +4,6 @@
 #include "status.h"
 #include "tiles.h"
 
-/* to = from^T, both n x n, in tiles of 8 x 8, which keep both sides in cache when n is large. */
-#define DEFINE_TRANSPOSE(REAL)                                                                                         \
-    static void transpose_##REAL(int64_t n, const REAL *from, REAL *to)                                                \
-    {                                                                                                                  \
-        for (int64_t i0 = 0; i0 < n; i0 += 8)                                                                          \
-            for (int64_t j0 = 0; j0 < n; j0 += 8)                                                                      \
-                for (int64_t i = i0; i < boft_min(i0 + 8, n); i++)                                                     \
-                    for (int64_t j = j0; j < boft_min(j0 + 8, n); j++)                                                 \
-                        to[j * n + i] = from[i * n + j];                                                               \
-    }
-
-DEFINE_TRANSPOSE(float)
-DEFINE_TRANSPOSE(double)
-#undef DEFINE_TRANSPOSE
-
 size_t boft_cayley_workspace(int64_t b)
 {
     const size_t square = (size_t)(b * b), padded = (size_t)(b * boft_padded(b)) * sizeof(double);
@@ -148,13 +133,6 @@ boft_status boft_transpose(const boft_plan *plan, boft_dtype dtype, int64_t leve
     if ((status = boft_check_pointer("transpose: blocks", blocks)) ||
         (status = boft_check_pointer("transpose: transposed", transposed)))
         return status;
-    const int64_t group = plan->level[level].group;
-    for (int64_t g = begin; g < end; g++) {
-        const int64_t at = plan->level[level].offset + g * group * group;
-        if (dtype == BOFT_F64)
-            transpose_double(group, (const double *)blocks + at, (double *)transposed + at);
-        else
-            transpose_float(group, (const float *)blocks + at, (float *)transposed + at);
-    }
+    boft_kernels_current()->transpose[boft_real_index(dtype)](&plan->level[level], begin, end, blocks, transposed);
     return BOFT_OK;
 }

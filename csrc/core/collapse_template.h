@@ -264,3 +264,13 @@ VEC_ATTR static void FN(collapse_backward)(const boft_plan *plan, const boft_lev
         }
     }
 }
+
+/* The blocks of groups begin ... end-1 of a level, transposed. */
+VEC_ATTR static void FN(transpose_blocks)(const boft_level *level, int64_t begin, int64_t end, const void *blocks,
+                                          void *transposed)
+{
+    const int64_t group = level->group, size = group * group;
+    for (int64_t g = begin; g < end; g++)
+        FN(transpose_matrix)(group, group, (const REAL *)blocks + level->offset + g * size, group,
+                             (REAL *)transposed + level->offset + g * size, group);
+}

@@ -6,6 +6,7 @@
 #include "vec_avx512.h"
 
 #define BF16_KERNELS "rotate_pairs.h"
+#define PRODUCT_KERNELS "product_pairs.h"
 #define KERNELS boft_kernels_avx512bf16
 #define KERNELS_NAME "avx512bf16"
 #include "variant_template.h"

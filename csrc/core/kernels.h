@@ -17,15 +17,18 @@ typedef struct boft_kernels {
                         void *blocks, void *workspace);
     void (*collapse_backward[2])(const boft_plan *plan, const boft_level *level, int64_t begin, int64_t end,
                                  const void *dblocks, const void *q, void *dq, void *workspace);
+    void (*transpose[2])(const boft_level *level, int64_t begin, int64_t end, const void *blocks, void *transposed);
     /* factors: NULL, or a real for each row, which multiplies the product before it is rounded. */
     void (*rotate[2])(const boft_rotate_args *args, const void *factors, int64_t begin, int64_t end, void *workspace);
     void (*rotate_backward[2])(const boft_rotate_backward_args *args, int64_t begin, int64_t end, void *workspace);
     void (*scale[2])(const boft_scale_args *args, int64_t begin, int64_t end);
     void (*scale_backward[2])(const boft_scale_backward_args *args, int64_t begin, int64_t end);
     void (*linear[2])(const boft_linear_args *args, int64_t begin, int64_t end);
-    /* NULL, both, in variants that leave such products to others. */
-    void (*product_pack)(const boft_product_pack_args *args, int64_t begin, int64_t end);
-    void (*product)(const boft_product_args *args, int64_t begin, int64_t end);
+    /* NULL in variants that leave such products to others. */
+    void (*product_pack_f32)(const boft_product_pack_args *args, int64_t begin, int64_t end);
+    void (*product_f32)(const boft_product_args *args, int64_t begin, int64_t end);
+    void (*product_pack_bf16)(const boft_product_pack_args *args, int64_t begin, int64_t end);
+    void (*product_bf16)(const boft_product_args *args, int64_t begin, int64_t end);
     void (*digest)(const void *data, size_t bytes, uint64_t out[BOFT_DIGEST_WORDS]);
 } boft_kernels;
 

@@ -4,8 +4,9 @@
 
 int boft_product_serves(boft_dtype dtype, int64_t depth, int64_t columns)
 {
-    return dtype == BOFT_BF16 && boft_kernels_current()->product && depth > 0 && columns > 0 &&
-           depth % BOFT_PRODUCT_DEPTH == 0 && columns % BOFT_PRODUCT_COLUMNS == 0;
+    const boft_kernels *kernels = boft_kernels_current();
+    const int has = (dtype == BOFT_F32 && kernels->product_f32) || (dtype == BOFT_BF16 && kernels->product_bf16);
+    return has && depth > 0 && columns > 0 && depth % BOFT_PRODUCT_DEPTH == 0 && columns % BOFT_PRODUCT_COLUMNS == 0;
 }
 
 static boft_status check_product(boft_dtype dtype, int64_t depth, int64_t columns)
@@ -23,15 +24,22 @@ boft_status boft_product_pack(const boft_product_pack_args *args, int64_t begin,
         (status = check_product(args->dtype, args->depth, args->columns)) ||
         (status = boft_check_range("product pack: panels", begin, end, args->columns / BOFT_PRODUCT_COLUMNS)))
         return status;
-    if (args->stride < (args->transposed ? args->depth : args->columns))
+    const int64_t first = args->first, rows = args->rows;
+    if (first < 0 || rows < 0 || rows > args->depth - first || first % BOFT_PRODUCT_DEPTH || rows % BOFT_PRODUCT_DEPTH)
+        return boft_refuse(BOFT_BAD_SHAPE, "product pack: %lld rows from row %lld on of %lld, in steps of %d",
+                           (long long)rows, (long long)first, (long long)args->depth, BOFT_PRODUCT_DEPTH);
+    if (args->stride < (args->transposed ? rows : args->columns))
         return boft_refuse(BOFT_BAD_SHAPE, "product pack: stride %lld of a matrix of %lld x %lld",
-                           (long long)args->stride, (long long)args->depth, (long long)args->columns);
-    if (begin == end)
+                           (long long)args->stride, (long long)rows, (long long)args->columns);
+    if (begin == end || rows == 0)
         return BOFT_OK;
     if ((status = boft_check_pointer("product pack: matrix", args->matrix)) ||
         (status = boft_check_pointer("product pack: packed", args->packed)))
         return status;
-    boft_kernels_current()->product_pack(args, begin, end);
+    if (args->dtype == BOFT_F32)
+        boft_kernels_current()->product_pack_f32(args, begin, end);
+    else
+        boft_kernels_current()->product_pack_bf16(args, begin, end);
     return BOFT_OK;
 }
 
@@ -52,6 +60,9 @@ boft_status boft_product(const boft_product_args *args, int64_t begin, int64_t e
         (status = boft_check_pointer("product: packed", args->packed)) ||
         (status = boft_check_pointer("product: y", args->y)))
         return status;
-    boft_kernels_current()->product(args, begin, end);
+    if (args->dtype == BOFT_F32)
+        boft_kernels_current()->product_f32(args, begin, end);
+    else
+        boft_kernels_current()->product_bf16(args, begin, end);
     return BOFT_OK;
 }

@@ -1,16 +1,12 @@
 /*
- * bfloat16 rows times a packed matrix by the tiles of AMX. Included by isa_amx.c alone, after rotate_amx.h.
- *
- * Packed, a panel of 32 columns has for every 32 rows of the matrix two tiles, of 16 columns each: pair q of rows of
- * all of them, for q = 0 ... 15. Rows are multiplied as they lie, 32 with a panel at a time: four tiles of sums, for
- * each 32 of whose products two tiles of rows and two of the matrix are loaded.
+ * bfloat16 rows times a packed matrix (product_pack.h) by the tiles of AMX. Included by isa_amx.c alone, after
+ * rotate_amx.h. Rows are multiplied as they lie, 32 with a panel at a time: four tiles of sums, for each 32 of whose
+ * products two tiles of rows and two of the matrix are loaded.
  */
+#include "product_pack.h"
 
 enum {
-    PRODUCT_ROWS = 2 * AMX_ROWS,
-    PRODUCT_TILE = AMX_ROWS * BF16_LANES * 2, /* numbers of a tile */
-    /* Bytes of panels that stay in the second-level cache while all rows stream by. */
-    PRODUCT_PANEL_BYTES = 1 << 19,
+    AMX_PRODUCT_ROWS = 2 * AMX_ROWS,
 };
 
 /* What each tile register holds: sums of the upper rows and the left columns, and so on. */
@@ -23,8 +19,8 @@ enum {
 #define LEFT 6
 #define RIGHT 7
 
-/* Shapes the tile registers for `rows` rows, at most PRODUCT_ROWS; the lower ones are not used by 16 or fewer. */
-VEC_ATTR static void product_begin(int64_t rows)
+/* Shapes the tile registers for `rows` rows, at most AMX_PRODUCT_ROWS; the lower ones are not used by 16 or fewer. */
+VEC_ATTR static void amx_product_begin(int64_t rows)
 {
     amx_shapes shapes = amx_whole_tiles();
     shapes.rows[UPPER] = shapes.rows[UPPER_LEFT] = shapes.rows[UPPER_RIGHT] = (uint8_t)boft_min(rows, AMX_ROWS);
@@ -34,37 +30,11 @@ VEC_ATTR static void product_begin(int64_t rows)
     _tile_loadconfig(&shapes);
 }
 
-VEC_ATTR static void product_pack(const boft_product_pack_args *args, int64_t begin, int64_t end)
-{
-    const uint16_t *matrix = args->matrix;
-    const int64_t stride = args->stride;
-    for (int64_t panel = begin; panel < end; panel++) {
-        uint16_t *packed = (uint16_t *)args->packed + panel * BOFT_PRODUCT_COLUMNS * args->depth;
-        for (int64_t k = 0; k < args->depth; k += AMX_DEPTH)
-            for (int64_t j = panel * BOFT_PRODUCT_COLUMNS; j < (panel + 1) * BOFT_PRODUCT_COLUMNS; j += BF16_LANES) {
-                amx_tile *tile = (amx_tile *)(void *)packed;
-                if (args->transposed) {
-                    vec_float pairs[AMX_ROWS];
-#pragma GCC unroll 16
-                    for (int q = 0; q < AMX_ROWS; q++)
-                        pairs[q] = load_float((const float *)(const void *)(matrix + (j + q) * stride + k));
-                    transpose_float(pairs);
-#pragma GCC unroll 16
-                    for (int q = 0; q < AMX_ROWS; q++)
-                        store_float(tile->real[q], pairs[q]);
-                } else {
-                    amx_load(0, AMX_DEPTH, matrix + k * stride + j, stride, tile);
-                }
-                packed += PRODUCT_TILE;
-            }
-    }
-}
-
 /* The sums of `tiles` (a constant, 1 or 2) tiles of rows with a panel, rounded with the bias to `rows` rows of y. */
-VEC_FN void product_block(const int tiles, int64_t depth, int64_t rows, bf16_rows x, const uint16_t *packed,
-                          const uint16_t *bias, bf16_room y)
+VEC_FN void amx_block(const int tiles, int64_t depth, int64_t rows, bf16_rows x, const uint16_t *packed,
+                      const uint16_t *bias, bf16_room y)
 {
-    float sums[PRODUCT_ROWS][BOFT_PRODUCT_COLUMNS] __attribute__((aligned(BOFT_LINE_BYTES)));
+    float sums[AMX_PRODUCT_ROWS][BOFT_PRODUCT_COLUMNS] __attribute__((aligned(BOFT_LINE_BYTES)));
     const size_t stride = (size_t)x.stride * sizeof *x.data, across = sizeof *sums;
     _tile_zero(UPPER_LEFT);
     _tile_zero(UPPER_RIGHT);
@@ -100,35 +70,35 @@ VEC_FN void product_block(const int tiles, int64_t depth, int64_t rows, bf16_row
     }
 }
 
-VEC_ATTR static void product(const boft_product_args *args, int64_t begin, int64_t end)
+VEC_ATTR static void product_of_bf16(const boft_product_args *args, int64_t begin, int64_t end)
 {
     const int64_t depth = args->depth, panel = depth * BOFT_PRODUCT_COLUMNS;
     const int64_t wanted = PRODUCT_PANEL_BYTES / (panel * (int64_t)sizeof(uint16_t));
     const int64_t span = boft_max(1, wanted) * BOFT_PRODUCT_COLUMNS;
-    product_begin(PRODUCT_ROWS);
+    amx_product_begin(AMX_PRODUCT_ROWS);
     for (int64_t first = 0; first < args->columns; first += span) {
         const int64_t past = boft_min(first + span, args->columns);
-        for (int64_t row = begin; row < end; row += PRODUCT_ROWS) {
-            const int64_t rows = boft_min(PRODUCT_ROWS, end - row);
-            const int64_t ahead = boft_ahead(PRODUCT_ROWS, row, rows, end);
+        for (int64_t row = begin; row < end; row += AMX_PRODUCT_ROWS) {
+            const int64_t rows = boft_min(AMX_PRODUCT_ROWS, end - row);
+            const int64_t ahead = boft_ahead(AMX_PRODUCT_ROWS, row, rows, end);
             const bf16_rows x = {(const uint16_t *)args->x + row * args->x_stride, args->x_stride, ahead};
             bf16_room y = {(uint16_t *)args->y + row * args->y_stride + first, args->y_stride, ahead};
             boft_stream x_ahead = amx_stream(x, depth), y_ahead = amx_stream(bf16_rows_of(y), past - first);
-            const int64_t lines = amx_lines(PRODUCT_ROWS, depth) / ((past - first) / BOFT_PRODUCT_COLUMNS);
-            if (rows < PRODUCT_ROWS)
-                product_begin(rows);
+            const int64_t lines = amx_lines(AMX_PRODUCT_ROWS, depth) / ((past - first) / BOFT_PRODUCT_COLUMNS);
+            if (rows < AMX_PRODUCT_ROWS)
+                amx_product_begin(rows);
             for (int64_t j = first; j < past; j += BOFT_PRODUCT_COLUMNS, y.data += BOFT_PRODUCT_COLUMNS) {
                 const uint16_t *packed = (const uint16_t *)args->packed + j * depth;
                 const uint16_t *bias = args->bias ? (const uint16_t *)args->bias + j : NULL;
                 boft_fetch_next(&x_ahead, lines);
-                boft_fetch_next(&y_ahead, amx_lines(PRODUCT_ROWS, BOFT_PRODUCT_COLUMNS));
+                boft_fetch_next(&y_ahead, amx_lines(AMX_PRODUCT_ROWS, BOFT_PRODUCT_COLUMNS));
                 if (rows > AMX_ROWS)
-                    product_block(2, depth, rows, x, packed, bias, y);
+                    amx_block(2, depth, rows, x, packed, bias, y);
                 else
-                    product_block(1, depth, rows, x, packed, bias, y);
+                    amx_block(1, depth, rows, x, packed, bias, y);
             }
-            if (rows < PRODUCT_ROWS)
-                product_begin(PRODUCT_ROWS);
+            if (rows < AMX_PRODUCT_ROWS)
+                amx_product_begin(AMX_PRODUCT_ROWS);
         }
     }
     bf16_end();

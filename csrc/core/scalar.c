@@ -45,6 +45,7 @@ const boft_kernels boft_kernels_scalar = {
     .cayley_backward = {cayley_backward_float, cayley_backward_double},
     .collapse = {collapse_float, collapse_double},
     .collapse_backward = {collapse_backward_float, collapse_backward_double},
+    .transpose = {transpose_float, transpose_double},
     .rotate = {rotate_float, rotate_double},
     .rotate_backward = {rotate_backward_float, rotate_backward_double},
     .scale = {scale_float, scale_double},

@@ -202,6 +202,18 @@ static void FN(collapse_backward)(const boft_plan *plan, const boft_level *level
     }
 }
 
+static void FN(transpose)(const boft_level *level, int64_t begin, int64_t end, const void *blocks, void *transposed)
+{
+    const int64_t group = level->group, size = group * group;
+    for (int64_t g = begin; g < end; g++) {
+        const REAL *from = (const REAL *)blocks + level->offset + g * size;
+        REAL *to = (REAL *)transposed + level->offset + g * size;
+        for (int64_t i = 0; i < group; i++)
+            for (int64_t j = 0; j < group; j++)
+                to[j * group + i] = from[i * group + j];
+    }
+}
+
 /* out = in with each group multiplied by its block. in, out: the channels of a tile; blocks: from its first group on. */
 static void FN(apply_level)(const boft_level *level, const REAL *blocks, int64_t channels, const REAL *in, REAL *out)
 {

@@ -61,6 +61,7 @@ VECTORS(bf16, uint16_t, float)
 #include "cayley_template.h"
 #include "collapse_template.h"
 #include "rotate_template.h"
+#include "product_template.h"
 
 #define DATA float
 #define LOAD(name) name##_float
@@ -164,14 +165,17 @@ const boft_kernels KERNELS = {
     .cayley_backward = {cayley_backward_of_float, cayley_backward_of_double},
     .collapse = {collapse_of_float, collapse_of_double},
     .collapse_backward = {collapse_backward_of_float, collapse_backward_of_double},
+    .transpose = {transpose_blocks_of_float, transpose_blocks_of_double},
     .rotate = {rotate_any, rotate_of_double},
     .rotate_backward = {rotate_backward_any, rotate_backward_of_double},
     .scale = {scale_of_float, scale_of_f64},
     .scale_backward = {scale_backward_of_float, scale_backward_of_f64},
     .linear = {linear_of_float, linear_of_f64},
+    .product_pack_f32 = product_pack_of_f32,
+    .product_f32 = product_of_f32,
 #ifdef PRODUCT_KERNELS
-    .product_pack = product_pack,
-    .product = product,
+    .product_pack_bf16 = product_pack_of_bf16,
+    .product_bf16 = product_of_bf16,
 #endif
     .digest = digest,
 };

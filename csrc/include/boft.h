@@ -281,23 +281,25 @@ BOFT_API boft_status boft_linear(const boft_linear_args *args, int64_t begin, in
 /* ---- Product: rows times a matrix that is packed once for many of them --------------------------------------------- */
 
 /*
- * Whether the variant at hand multiplies with packed matrices (depth, columns) of this dtype: bfloat16 by the variant
- * "amx", where depth is a multiple of BOFT_PRODUCT_DEPTH and columns of BOFT_PRODUCT_COLUMNS. What one variant packed is
- * for products of that variant. Other shapes are refused.
+ * Whether the variant at hand multiplies with packed matrices (depth, columns) of this dtype: float32 by all but "scalar",
+ * bfloat16 by "avx512bf16" and "amx", where depth is a multiple of BOFT_PRODUCT_DEPTH and columns of
+ * BOFT_PRODUCT_COLUMNS. What one variant packed is for products of that variant. Other shapes are refused.
  */
 enum { BOFT_PRODUCT_DEPTH = 32, BOFT_PRODUCT_COLUMNS = 32 };
 BOFT_API int boft_product_serves(boft_dtype dtype, int64_t depth, int64_t columns);
 
 typedef struct boft_product_pack_args {
     boft_dtype dtype; /* of matrix and packed */
-    int64_t depth, columns;
-    const void *matrix; /* (depth, columns), or (columns, depth) if transposed */
-    int64_t stride;     /* of its rows, no less than they are long */
+    int64_t depth, columns; /* of the packed matrix */
+    int64_t first, rows;    /* rows first ... first + rows-1 of it are packed; both multiples of BOFT_PRODUCT_DEPTH */
+    const void *matrix;     /* these: (rows, columns), or (columns, rows) if transposed */
+    int64_t stride;         /* of its rows, no less than they are long */
     int transposed;
-    void *packed; /* depth * columns numbers, aligned to 64 bytes */
+    void *packed; /* depth * columns numbers, aligned to 64 bytes; those of other rows are left alone */
 } boft_product_pack_args;
 
-/* Panels begin ... end-1 of the packed matrix: panel i has columns 32 i ... 32 i + 31. */
+/* Panels begin ... end-1 of the packed matrix: panel i has columns 32 i ... 32 i + 31. Ranges and rows that differ may
+ * be packed at the same time. */
 BOFT_API boft_status boft_product_pack(const boft_product_pack_args *args, int64_t begin, int64_t end);
 
 typedef struct boft_product_args {
@@ -312,7 +314,7 @@ typedef struct boft_product_args {
 } boft_product_args;
 
 /* Rows begin ... end-1 of y = x matrix + bias, summed in float32 and rounded once. A row gets the same bits in every
- * range. Subnormal numbers count as zeros. */
+ * range. Subnormal bfloat16 numbers count as zeros. */
 BOFT_API boft_status boft_product(const boft_product_args *args, int64_t begin, int64_t end);
 
 /* ---- Pack: rows kept for backward in 4 or 8 bits per value --------------------------------------------------------- */

@@ -19,19 +19,17 @@ Tensor merged_weight(const Layer& layer, const Tensor& blocks) {
   return rotated_cpu(call, call.factors_data());
 }
 
-// W'^T (`transposed`), which x is multiplied with, or W' for dy. Slices of it are made and packed one after the other,
-// so that W' as a whole never lies in memory.
+// Packs W'^T, which x is multiplied with, or W' for dy. Slices of it are made and packed one after the other, so that W'
+// as a whole never lies in memory. A slice has all channels of some rows of W', or (`of_channels`) whole groups of
+// channels of all rows.
 template <typename Matrix>
-Matrix packed_weight(const Layer& layer, const Tensor& blocks, bool transposed) {
+Matrix packed_weight(const Layer& layer, const Tensor& blocks, bool of_channels, Matrix matrix) {
   const Rows weight(layer.weight);
   const boft_dtype dtype = data_dtype(layer.weight, "weight");
-  const int64_t n = weight.rows, d = weight.columns, size = layer.weight.element_size();
-  const boft_plan plan = make_plan(d, layer.b, layer.m);
+  const int64_t n = weight.rows, size = layer.weight.element_size();
+  const boft_plan plan = make_plan(weight.columns, layer.b, layer.m);
   const Tensor flipped = transposed_blocks(plan, blocks);
   const auto *const rotations = flipped.const_data_ptr<float>(), *const factors = layer.factors.const_data_ptr<float>();
-  // A slice has whole groups of channels of all rows of W', or all channels of some rows.
-  const bool of_channels = transposed != Matrix::kSlicesColumns;
-  Matrix matrix(transposed ? d : n, transposed ? n : d, of_channels ? plan.super : 1);
   at::parallel_for(0, matrix.slices(), 1, [&](int64_t begin, int64_t end) {
     const OneThread one_thread;
     for (int64_t slice = begin; slice < end; slice++) {
@@ -51,7 +49,7 @@ Matrix packed_weight(const Layer& layer, const Tensor& blocks, bool transposed) 
                                       values,
                                       own.d};
       check(boft_merge(&merge, factors + row, 0, rows, desk.workspace.get()));
-      matrix.pack(slice, values, own.d, transposed);
+      matrix.pack(slice, values, own.d);
     }
   });
   return matrix;
@@ -73,12 +71,17 @@ class MergedProduct {
  public:
   MergedProduct(const Layer& layer, const Tensor& blocks, bool transposed) {
     const at::ScalarType dtype = layer.weight.scalar_type();
-    if (MklMatrix::serves(dtype))
-      matrix_.emplace<MklMatrix>(packed_weight<MklMatrix>(layer, blocks, transposed));
-    else if (is_packed(dtype, layer.weight.size(1), layer.weight.size(0)))
-      matrix_.emplace<TileMatrix>(packed_weight<TileMatrix>(layer, blocks, transposed));
-    else
+    packed_rows_ = dtype == at::kFloat ? 256 : 128;
+    const int64_t d = layer.weight.size(1), n = layer.weight.size(0);
+    const int64_t depth = transposed ? d : n, columns = transposed ? n : d;
+    if (MklMatrix::serves(dtype)) {
+      const int64_t granule = transposed ? make_plan(d, layer.b, layer.m).super : 1;
+      matrix_ = packed_weight(layer, blocks, transposed, MklMatrix(depth, columns, transposed, granule));
+    } else if (TileMatrix::serves(dtype, depth, columns)) {
+      matrix_ = packed_weight(layer, blocks, false, TileMatrix(dtype, depth, columns, transposed));
+    } else {
       matrix_ = transposed ? merged_weight(layer, blocks).t() : merged_weight(layer, blocks);
+    }
   }
 
   // As parts_of. A packed matrix is not packed anew for every part, so these can be small: then what a product reads
@@ -90,10 +93,9 @@ class MergedProduct {
     if (const auto* plain = std::get_if<Tensor>(&matrix_))
       return parts_of(rows, most, plain_part_rows(plain->scalar_type()));
     // Steps of whole models, float32 by MKL with 128 and 256 rows: Llama 1.06, 1.03 and 1.04, 0.93; ViT 1.16, 1.11 and
-    // 1.06, 1.10.
-    const int64_t part_rows = std::holds_alternative<MklMatrix>(matrix_) ? 256 : 128;
+    // 1.06, 1.10. By the core on two Zen 4 cores, layers of 384 and 1536 channels 0.89, 0.94 and 0.84, 0.93.
     int64_t parts = 1;
-    while (2 * parts <= most && rows > parts * part_rows) parts *= 2;
+    while (2 * parts <= most && rows > parts * packed_rows_) parts *= 2;
     return parts;
   }
 
@@ -105,6 +107,7 @@ class MergedProduct {
 
  private:
   std::variant<Tensor, MklMatrix, TileMatrix> matrix_;
+  int64_t packed_rows_;  // of a part, where the matrix is packed
 };
 
 // The sum of what `gram` computed of its splits, every block of it times the block of R: its rows rotated, as the rows
@@ -148,13 +151,19 @@ Tensor sum_times_blocks(const RotateBackwardSplits& gram, const Layer& layer, co
 // and 1.04, bfloat16 1.22 and 1.07, of 384 x 1536 1.10 and 1.06, 1.34 and 1.12), with four times as many they lose (512
 // of 768 x 2048 float32: 1.08 and 1.12). By oneDNN (product.cpp) all layers do (Llama on two Zen 5 cores 0.64 instead
 // of 0.80) but small ones, which have little to gain, and those whose merged weight would be large beside their input.
+// For fewer rows than outputs the rotations of the merged way cost more, by 4 (n - rows) multiply-adds for each channel
+// and G, and the products save about a tenth of 4 n rows (float32 on two Zen 4 cores, rotated and merged: 512 rows of
+// 1280 x 1280 in groups of 160 1.21 and 1.34, of 64 1.105 and 1.115; of 1024 x 4096 in groups of 64 1.05 and 0.98;
+// bfloat16, where little is saved: 1024 rows of 1280 x 1280 1.28 and 1.31, 1.125 and 1.115).
 bool merge_pays(const Layer& layer, int64_t rows) {
   constexpr int64_t kFewestRows = 2 * kFewestPartRows, kFewestChannels = 256;
   const int64_t d = layer.weight.size(1), n = layer.weight.size(0);
   const at::ScalarType dtype = layer.weight.scalar_type();
-  const int64_t faster = dtype == at::kFloat && onednn_products() ? 4 : is_packed(dtype, d, n) ? 2 : 1;
+  const bool not_mkl = dtype == at::kFloat && onednn_products();
+  const int64_t faster = not_mkl ? 4 : is_packed(dtype, d, n) ? 2 : 1, dearer = not_mkl ? 8 : 64;
   const int64_t outputs = rows * (d >= kFewestChannels ? faster : 1);
-  return rows >= kFewestRows && n <= outputs && make_plan(d, layer.b, layer.m).levels == 1;
+  const boft_plan plan = make_plan(d, layer.b, layer.m);
+  return rows >= kFewestRows && n <= outputs && plan.levels == 1 && dearer * plan.super * (n - rows) <= n * rows;
 }
 
 Tensor merged_forward(const Layer& layer, const Tensor& blocks, const Tensor& x) {

@@ -38,8 +38,8 @@ bool MklMatrix::serves(at::ScalarType dtype) {
   return precision != at::Float32Precision::BF16 && precision != at::Float32Precision::TF32;
 }
 
-MklMatrix::MklMatrix(int64_t depth, int64_t columns, int64_t granule)
-    : depth_(depth), columns_(columns), granule_(granule) {
+MklMatrix::MklMatrix(int64_t depth, int64_t columns, bool transposed, int64_t granule)
+    : depth_(depth), columns_(columns), granule_(granule), transposed_(transposed) {
   const int64_t most = depth / granule;
   slices_ = std::clamp<int64_t>((depth + kSliceRows - 1) / kSliceRows, std::min<int64_t>(2, most), most);
   const int64_t longest = (most + slices_ - 1) / slices_ * granule;
@@ -49,8 +49,8 @@ MklMatrix::MklMatrix(int64_t depth, int64_t columns, int64_t granule)
   packed_ = reserve(slices_ * room_ * sizeof(float), depth * columns * sizeof(float));
 }
 
-void MklMatrix::pack(int64_t slice, const void* data, int64_t stride, bool transposed) {
-  cblas_sgemm_pack(kRowMajor, kSecond, transposed ? kTransposed : kPlain, kRows, static_cast<int>(columns_),
+void MklMatrix::pack(int64_t slice, const void* data, int64_t stride) {
+  cblas_sgemm_pack(kRowMajor, kSecond, transposed_ ? kTransposed : kPlain, kRows, static_cast<int>(columns_),
                    static_cast<int>(first(slice + 1) - first(slice)), 1, static_cast<const float*>(data),
                    static_cast<int>(stride), packed(slice));
 }

@@ -1,37 +1,45 @@
-// Matrices in the layout in which the core multiplies them by the processor's matrix instructions.
+// Matrices in the layout in which the core multiplies them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <optional>
+
+#include "boft.h"
 
 namespace boft {
 
 // A matrix (depth, columns) that boft_product_pack packs once for many products (boft.h), where torch packs it in every
 // one. 788 rows on one Emerald Rapids core, bfloat16 by AMX, packed and by torch, which needs longer for W'^T than for
-// W': 384 x 384 0.21 ms and 0.28 or 0.21, 384 x 1536 0.85 and 1.17 or 0.91. Results do not depend on threads or slices.
+// W': 384 x 384 0.21 ms and 0.28 or 0.21, 384 x 1536 0.85 and 1.17 or 0.91. 512 rows on one Zen 4 core: 96 x 96 42 us
+// and 58, 384 x 384 0.65 ms and 0.68, 768 x 2048 7.2 and 7.8; float32 there, by MKL and oneDNN, 96 x 96 82, 96 and
+// 100 us, 384 x 384 1.3 ms, 1.5 and 1.4, 768 x 2048 14.3, 18.3 and 15.5. Results do not depend on threads or slices.
 class TileMatrix {
  public:
-  // Slices are of columns.
-  static constexpr bool kSlicesColumns = true;
-
+  // bfloat16, and float32 where MKL is not at its best (product.h), of the sizes that the core takes.
   static bool serves(at::ScalarType dtype, int64_t depth, int64_t columns);
 
-  // Slices are multiples of `granule`, which divides `columns`, but for the last one.
-  TileMatrix(int64_t depth, int64_t columns, int64_t granule);
-  int64_t slices() const { return (columns_ + slice_ - 1) / slice_; }
-  int64_t first(int64_t slice) const { return std::min(slice * slice_, columns_); }
+  // In slices of the rows of what is packed, which are columns of the matrix if it is transposed.
+  TileMatrix(at::ScalarType dtype, int64_t depth, int64_t columns, bool transposed);
+  int64_t slices() const { return (sliced() + kSliceRows - 1) / kSliceRows; }
+  int64_t first(int64_t slice) const { return std::min(slice * kSliceRows, sliced()); }
 
-  // Packs columns first(slice) ... first(slice + 1)-1. They are those of `data`, whose element (i, j) is
-  // data[i * stride + j], or data[j * stride + i] if `transposed`. Thread-safe for different slices.
-  void pack(int64_t slice, const void* data, int64_t stride, bool transposed);
+  // Packs rows first(slice) ... first(slice + 1)-1 of what is packed, which `data` has, `stride` apart. Thread-safe for
+  // different slices.
+  void pack(int64_t slice, const void* data, int64_t stride);
 
-  // out = rows matrix + bias, all bfloat16 and with columns that follow each other. Thread-safe.
+  // out = rows matrix + bias, all of the dtype and with columns that follow each other. Thread-safe.
   void multiply(const at::Tensor& rows, const std::optional<at::Tensor>& bias, const at::Tensor& out) const;
 
  private:
-  at::BFloat16* packed() const { return static_cast<at::BFloat16*>(packed_.get()); }
-  int64_t depth_, columns_, slice_;
+  // What is packed of a slice lies in the second-level cache, and several threads find work.
+  static constexpr int64_t kSliceRows = 128;
+  static_assert(kSliceRows % BOFT_PRODUCT_DEPTH == 0 && kSliceRows % BOFT_PRODUCT_COLUMNS == 0);
+  int64_t sliced() const { return transposed_ ? columns_ : depth_; }
+  boft_dtype dtype_;
+  int64_t size_, depth_, columns_;
+  bool transposed_;
   c10::DataPtr packed_;
 };
 
