@@ -5,6 +5,7 @@
 #include "linear.h"
 #include "packed.h"
 #include "parts.h"
+#include "weight_product.h"
 
 namespace boft {
 namespace {
@@ -21,19 +22,20 @@ constexpr int64_t kPartRows = 1024;
 void multiply_rotated(const Layer& layer, const Tensor& blocks, const Tensor& x, const Tensor& z,
                       const boft_scale_args* scale) {
   const Rows in(x);
-  const Tensor z_rows = rows_of(z), matrix = layer.weight.t();
+  const Tensor z_rows = rows_of(z);
   const int64_t parts = parts_of(in.rows, in.rows, kPartRows), size = x.element_size();
   const auto scale_rows = [&](int64_t begin, int64_t end, void*) {
     return scale == nullptr ? BOFT_OK : boft_scale(scale, begin, end);
   };
   if (parts == 0) {
-    multiply(rows_of(rotate_cpu(x, blocks, layer.b, layer.m, false)), matrix, layer.bias, z_rows);
+    multiply(rows_of(rotate_cpu(x, blocks, layer.b, layer.m, false)), layer.weight.t(), layer.bias, z_rows);
     parallel(in.rows, z.numel() * 8, 0, scale_rows);
     return;
   }
   const boft_dtype dtype = data_dtype(x, "x");
   const boft_plan plan = check_rotate(x, blocks, layer.b, layer.m);
   const Tensor real_blocks = blocks.contiguous();
+  const WeightProduct product(layer.weight, true, in.rows);
   for_parts(parts, in.rows, x, plan.d, boft_rotate_workspace(&plan, dtype),
             [&](int64_t, int64_t first, int64_t past, const Desk& desk) {
               const int64_t rows = past - first;
@@ -47,7 +49,7 @@ void multiply_rotated(const Layer& layer, const Tensor& blocks, const Tensor& x,
                                                desk.rows.mutable_data_ptr(),
                                                plan.d};
               check(boft_rotate(&rotate, 0, rows, desk.workspace.get()));
-              multiply(desk.rows.narrow(0, 0, rows), matrix, layer.bias, z_rows.narrow(0, first, rows));
+              product(desk.rows.narrow(0, 0, rows), layer.bias, z_rows.narrow(0, first, rows));
               check(scale_rows(first, past, nullptr));
             });
 }
@@ -66,6 +68,7 @@ bool backward_in_parts(const Layer& layer, const Tensor& blocks, const Activatio
                               true);
   const Tensor dx_rows = rows_of(dx);
   const int64_t scale_splits = boft_scale_backward_splits(rows), tasks = boft_rotate_backward_tasks(&plan, rows);
+  const WeightProduct product(layer.weight, false, rows);
   for_parts(parts, rows, dy, n, boft_rotate_backward_workspace(&plan, rotate.dtype),
             [&](int64_t part, int64_t first, int64_t past, const Desk& desk) {
               // dz of the whole begins before the desk; only the part's rows of it are touched.
@@ -73,8 +76,7 @@ bool backward_in_parts(const Layer& layer, const Tensor& blocks, const Activatio
               args.dz = row_of(desk.rows.mutable_data_ptr(), -first, n, size);
               args.dz_stride = n;
               check(boft_scale_backward(&args, scale_splits * part / parts, scale_splits * (part + 1) / parts));
-              multiply(desk.rows.narrow(0, 0, past - first), layer.weight, std::nullopt,
-                       dx_rows.narrow(0, first, past - first));
+              product(desk.rows.narrow(0, 0, past - first), std::nullopt, dx_rows.narrow(0, first, past - first));
               check(boft_rotate_backward(&rotate.args, tasks * part / parts, tasks * (part + 1) / parts,
                                          desk.workspace.get()));
             });
