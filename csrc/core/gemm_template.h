@@ -30,7 +30,7 @@ VEC_FN void FN(gemm_step)(const int rows, const int vectors, const int partial, 
  * One tile of `rows` x (`vectors` vectors), the last vector `lanes` wide if `partial`. rows, vectors and partial are
  * constants at every call, so the accumulators live in registers. So do the addresses of A: those of four rows are one
  * register and multiples of a_row, and they move with k, where an unrolled loop over k, with addresses of its own for
- * each, kept them in memory (one Zen 4 core, float32, in cache: x^T dy of 32 rows in groups of 64 58 and now 104 GF/s).
+ * each, has them in memory (one Zen 4 core, float32, in cache: x^T dy of 32 rows in groups of 64 104 and 58 GF/s).
  */
 VEC_FN void FN(gemm_tile)(const int rows, const int vectors, const int partial, int64_t lanes, int64_t depth,
                           const REAL *a, int64_t a_row, int64_t a_depth, const REAL *b, int64_t ldb,
