@@ -13,8 +13,8 @@ import boft_ext
 from boft_ext import reference
 
 # (d, out, b, m): groups in lanes, of one vector, two vectors, more, with rests, one factor, odd b; sizes that
-# the core multiplies, in one slice and in several, of groups that do not divide a
-# slice; and several levels, which go on rotating the input.
+# the core multiplies, in one slice and in several, of groups that do not divide a slice; and several levels, which go on
+# rotating the input.
 SHAPES = [
     *[(32, 24, 4, 2), (64, 48, 8, 2), (64, 40, 8, 3), (80, 17, 20, 3), (40, 24, 10, 2), (30, 8, 5, 1), (96, 33, 2, 4)],
     *[(64, 96, 8, 2), (320, 160, 40, 2), (256, 800, 8, 2)],

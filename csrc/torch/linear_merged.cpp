@@ -157,13 +157,15 @@ Tensor sum_times_blocks(const RotateBackwardSplits& gram, const Layer& layer, co
 // bfloat16, where little is saved: 1024 rows of 1280 x 1280 1.28 and 1.31, 1.125 and 1.115).
 bool merge_pays(const Layer& layer, int64_t rows) {
   constexpr int64_t kFewestRows = 2 * kFewestPartRows, kFewestChannels = 256;
+  if (rows < kFewestRows) return false;
   const int64_t d = layer.weight.size(1), n = layer.weight.size(0);
   const at::ScalarType dtype = layer.weight.scalar_type();
   const bool not_mkl = dtype == at::kFloat && onednn_products();
   const int64_t faster = not_mkl ? 4 : is_packed(dtype, d, n) ? 2 : 1, dearer = not_mkl ? 8 : 64;
   const int64_t outputs = rows * (d >= kFewestChannels ? faster : 1);
+  if (n > outputs) return false;
   const boft_plan plan = make_plan(d, layer.b, layer.m);
-  return rows >= kFewestRows && n <= outputs && plan.levels == 1 && dearer * plan.super * (n - rows) <= n * rows;
+  return plan.levels == 1 && dearer * plan.super * (n - rows) <= n * rows;
 }
 
 Tensor merged_forward(const Layer& layer, const Tensor& blocks, const Tensor& x) {
