@@ -60,7 +60,7 @@ def compiled_info() -> dict[str, object]:
     return {
         "cpu_kernels": _C.cpu_variant() if _C.cpu_kernels_in_use() else "none",
         "cpu_kernels_available": _C.cpu_variants(),
-        "float32_products": "boft_ext" if _C.onednn_products() else "torch",
+        "float32_products": "boft_ext" if _C.core_products() else "torch",
         "torch_built_for": _build.TORCH,
         "compiler": _build.COMPILER,
         "cuda_architectures": list(_build.CUDA_ARCHITECTURES),

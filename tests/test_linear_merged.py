@@ -79,13 +79,15 @@ def test_variants(shape, variant, dtype, seed):
 
 @pytest.fixture(params=[True, False], ids=["oneDNN", "torch's product"])
 def onednn(request):
-    """Whether oneDNN multiplies float32, which without the fixture depends on the processor."""
-    before = boft_ext._C.onednn_products()
+    """Whether oneDNN and the core multiply float32, which without the fixture depends on the processor."""
+    before, core = boft_ext._C.onednn_products(), boft_ext._C.core_products()
     chosen = boft_ext._C.onednn_products(request.param)
     # oneDNN multiplies float32 for torch where it can multiply bfloat16.
     assert chosen == (request.param and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    assert boft_ext._C.core_products(request.param) == request.param
     yield chosen
     boft_ext._C.onednn_products(before)
+    boft_ext._C.core_products(core)
 
 
 # The third has more outputs than rows: these products gain enough for it to be merged too. The fourth is one that the
@@ -107,6 +109,7 @@ def test_both_products(onednn, shape, rows, bias, seed):
 def test_torch_may_be_told_not_to_use_onednn(onednn):
     with torch.backends.mkldnn.flags(enabled=False):
         assert not boft_ext._C.onednn_products()
+        assert not boft_ext._C.core_products()
         assert boft_ext.build_info()["float32_products"] == "torch"
 
 

@@ -68,16 +68,16 @@ VEC_FN void FN(gemm_panel)(const int tallest, const int vectors, const int parti
                            int64_t depth, const REAL *a, int64_t a_row, int64_t a_depth, const REAL *b, int64_t ldb,
                            REAL *c, int64_t ldc, int accumulate)
 {
+    /* Of tiles of six, the last two rows beside six wait for their sums: they are two tiles of four. */
+    const int64_t talls = rows / tallest - (tallest == 6 && rows >= 6 && rows % 6 == 2);
     int64_t i = 0;
 #define TILE(height)                                                                                                   \
     FN(gemm_tile)(height, vectors, partial, lanes, depth, a + i * a_row, a_row, a_depth, b, ldb, c + i * ldc, ldc,     \
                   accumulate)
-    for (; i + tallest <= rows; i += tallest)
+    for (; i < talls * tallest; i += tallest)
         TILE(tallest);
-    if (tallest > 4 && i + 4 <= rows) {
+    for (; tallest > 4 && i + 4 <= rows; i += 4)
         TILE(4);
-        i += 4;
-    }
     if (i + 2 <= rows) {
         TILE(2);
         i += 2;

@@ -326,7 +326,8 @@ VEC_ATTR static void FN(rotate)(const boft_rotate_args *args, const void *factor
 {
     const boft_plan *plan = args->plan;
     const int64_t tile = boft_tile_channels(plan), span = boft_span_channels(plan);
-    const int64_t tall = boft_tile_rows(plan, VEC(VEC_LANES), FN(is_real)(args->dtype)), band = boft_band_rows(tall);
+    const int64_t tall = boft_tile_rows(plan, VEC(VEC_LANES), VEC_TILE_ROWS_WIDE, FN(is_real)(args->dtype));
+    const int64_t band = boft_band_rows(tall);
     for (int64_t first = 0; first < plan->d; first += span) {
         const int64_t past = boft_min(first + span, plan->d);
         FN(lanes) lanes = FN(lanes_of)(plan, first);

@@ -17,11 +17,13 @@ enum {
      * takes 60 instructions before its first product; but no more where it is converted first, which would fetch too much
      * at a time (bfloat16 in groups of 8, from memory: 0.7 instead of 0.5 of the time without fetching). The blocks of
      * larger groups are reused over more rows: 8 in the forward of groups of whole vectors (1024 x 1024, groups of 64: 1.5
-     * times the floor, with 32 rows 1.75), 32 elsewhere (groups of 20: 2.0 instead of 3.6 with 4 rows; backward of groups
+     * times the floor, with 32 rows 1.75) or, where registers hold the sums of six, 24 (AVX2 on a Zen 3 core, 512 x 320,
+     * groups of 80: 64 GF/s with 8, 72 with 24), 32 elsewhere (groups of 20: 2.0 instead of 3.6 with 4 rows; backward of groups
      * of 32 with AVX2 on a Zen 3 core, 512 x 768: 51 GF/s with 4 rows, 70 with 32).
      */
     BOFT_TILE_ROWS_SMALL = 16,
     BOFT_TILE_ROWS_MIDDLE = 8,
+    BOFT_TILE_ROWS_SIXES = 24,
     BOFT_TILE_ROWS = 32,
     BOFT_SMALL_GROUP = 32,
     BOFT_MIDDLE_GROUP = 128,
@@ -178,13 +180,15 @@ static inline int64_t boft_small_tile_rows(int straight)
     return straight ? BOFT_TILE_ROWS_SMALL : BOFT_ROWS_ONCE;
 }
 
-/* Rows of a tile of the forward, at most BOFT_TILE_ROWS. */
-static inline int64_t boft_tile_rows(const boft_plan *plan, int64_t lanes, int straight)
+/* Rows of a tile of the forward, at most BOFT_TILE_ROWS; registers hold the sums of `tallest` rows. */
+static inline int64_t boft_tile_rows(const boft_plan *plan, int64_t lanes, int64_t tallest, int straight)
 {
     if (boft_is_small(plan, lanes))
         return boft_small_tile_rows(straight);
     const int middle = plan->levels == 1 && plan->super % 16 == 0 && plan->super <= BOFT_MIDDLE_GROUP;
-    return middle ? BOFT_TILE_ROWS_MIDDLE : BOFT_TILE_ROWS;
+    if (!middle)
+        return BOFT_TILE_ROWS;
+    return tallest == 6 ? BOFT_TILE_ROWS_SIXES : BOFT_TILE_ROWS_MIDDLE;
 }
 
 /*

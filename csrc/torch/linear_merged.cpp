@@ -74,11 +74,11 @@ class MergedProduct {
     packed_rows_ = dtype == at::kFloat ? 256 : 128;
     const int64_t d = layer.weight.size(1), n = layer.weight.size(0);
     const int64_t depth = transposed ? d : n, columns = transposed ? n : d;
-    if (MklMatrix::serves(dtype)) {
+    if (TileMatrix::serves(dtype, depth, columns)) {
+      matrix_ = packed_weight(layer, blocks, false, TileMatrix(dtype, depth, columns, transposed));
+    } else if (MklMatrix::serves(dtype)) {
       const int64_t granule = transposed ? make_plan(d, layer.b, layer.m).super : 1;
       matrix_ = packed_weight(layer, blocks, transposed, MklMatrix(depth, columns, transposed, granule));
-    } else if (TileMatrix::serves(dtype, depth, columns)) {
-      matrix_ = packed_weight(layer, blocks, false, TileMatrix(dtype, depth, columns, transposed));
     } else {
       matrix_ = transposed ? merged_weight(layer, blocks).t() : merged_weight(layer, blocks);
     }

@@ -152,6 +152,7 @@ PYBIND11_MODULE(_C, module) {
              "Use a variant by name; None means BOFT_CPU if set, else the best. ValueError if it cannot run here.");
   // At import, before any mode could see its trial.
   boft::onednn_products();
+  module.def("core_products", boft::core_products, py::arg("on") = py::none(), "csrc/torch/product.h");
   module.def("onednn_products", boft::onednn_products, py::arg("on") = py::none(), "csrc/torch/product.h");
   module.attr("compiler") = std::string(__VERSION__);
 }

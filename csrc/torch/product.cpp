@@ -41,7 +41,12 @@ bool onednn_serves() {
   }
 }
 
-std::atomic<bool>& wanted() {
+std::atomic<bool>& wanted_core() {
+  static std::atomic<bool> wanted{is_amd()};
+  return wanted;
+}
+
+std::atomic<bool>& wanted_onednn() {
   static std::atomic<bool> wanted{is_amd() && onednn_serves()};
   return wanted;
 }
@@ -53,9 +58,14 @@ constexpr int64_t kFewestProducts = 1 << 23;
 
 }  // namespace
 
+bool core_products(std::optional<bool> on) {
+  if (on.has_value()) wanted_core() = *on;
+  return wanted_core() && at::globalContext().userEnabledMkldnn();
+}
+
 bool onednn_products(std::optional<bool> on) {
-  if (on.has_value()) wanted() = *on && onednn_serves();
-  return wanted() && at::globalContext().userEnabledMkldnn();
+  if (on.has_value()) wanted_onednn() = *on && onednn_serves();
+  return wanted_onednn() && at::globalContext().userEnabledMkldnn();
 }
 
 void multiply_merged(const at::Tensor& rows, const at::Tensor& matrix, const std::optional<at::Tensor>& bias,

@@ -6,7 +6,7 @@
 namespace boft {
 
 bool TileMatrix::serves(at::ScalarType dtype, int64_t depth, int64_t columns) {
-  if (dtype == at::kFloat) return onednn_products() && boft_product_serves(BOFT_F32, depth, columns);
+  if (dtype == at::kFloat) return core_products() && boft_product_serves(BOFT_F32, depth, columns);
   return dtype == at::kBFloat16 && boft_product_serves(BOFT_BF16, depth, columns);
 }
 

@@ -162,7 +162,7 @@ static void product_case(boft_dtype dtype, int64_t rows, int64_t depth, int64_t 
 static void test_all_sizes(boft_dtype dtype)
 {
     const int64_t rows[] = {1, 2, 15, 16, 17, 31, 32, 33, 47, 48, 49, 64, 65, 100};
-    const int64_t sizes[] = {32, 64, 96, 160, 512, 1056};
+    const int64_t sizes[] = {32, 64, 96, 160, 512, 800, 1056};
     enum { ROWS = sizeof rows / sizeof *rows, SIZES = sizeof sizes / sizeof *sizes };
     int turn = (int)random_below(1000);
     for (int i = 0; i < ROWS; i++)
