@@ -23,7 +23,7 @@
 #endif
 #define VEC_FN static inline __attribute__((always_inline)) VEC_ATTR
 enum { VEC_LANES_float = 16, VEC_LANES_double = 8, VEC_TILE_ROWS_WIDE = 8 };
-enum { VEC_PRODUCT_DEPTH = 4096, VEC_PRODUCT_ROWS = 8 };
+enum { VEC_PRODUCT_DEPTH = INT32_MAX, VEC_PRODUCT_ROWS = 8 };
 typedef __m512 vec_float;
 typedef __m512d vec_double;
 
