@@ -18,8 +18,8 @@ def build_info() -> dict[str, Any]:
 
     Keys: `boft_ext`, `torch`, `python`, `peft` (versions; None if not installed), `torch_built_for` and `compiler` (of
     the compiled part), `cpu_kernels` (the variant in use), `cpu_kernels_available` (those this processor can run),
-    `float32_products` (what multiplies float32 in merged layers: "boft_ext", with oneDNN for sizes that are no
-    multiples of 32, where they are faster than "torch"), `cuda_architectures` (built in: sm_NN machine code, compute_NN
+    `float32_products` (what multiplies float32 in merged layers: "boft_ext", and for sizes that are no multiples of 32
+    oneDNN or MKL, where they are faster than "torch"), `cuda_architectures` (built in: sm_NN machine code, compute_NN
     code that drivers compile for newer devices; empty without CUDA), `cuda_streams` (True if there are CUDA kernels and
     this torch says which stream they belong on, so that they can be used), `device_independent_ops` (operators that also
     run on any other device of torch).
