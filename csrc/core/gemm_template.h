@@ -68,7 +68,7 @@ VEC_FN void FN(gemm_panel)(const int tallest, const int vectors, const int parti
                            int64_t depth, const REAL *a, int64_t a_row, int64_t a_depth, const REAL *b, int64_t ldb,
                            REAL *c, int64_t ldc, int accumulate)
 {
-    /* Of tiles of six, the last two rows beside six wait for their sums: they are two tiles of four. */
+    /* Two rows alone would wait for their sums: after tiles of six, eight that are left are two tiles of four. */
     const int64_t talls = rows / tallest - (tallest == 6 && rows >= 6 && rows % 6 == 2);
     int64_t i = 0;
 #define TILE(height)                                                                                                   \
