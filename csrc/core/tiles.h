@@ -18,8 +18,8 @@ enum {
      * at a time (bfloat16 in groups of 8, from memory: 0.7 instead of 0.5 of the time without fetching). The blocks of
      * larger groups are reused over more rows: 8 in the forward of groups of whole vectors (1024 x 1024, groups of 64: 1.5
      * times the floor, with 32 rows 1.75) or, where registers hold the sums of six, 24 (AVX2 on a Zen 3 core, 512 x 320,
-     * groups of 80: 64 GF/s with 8, 72 with 24), 32 elsewhere (groups of 20: 2.0 instead of 3.6 with 4 rows; backward of groups
-     * of 32 with AVX2 on a Zen 3 core, 512 x 768: 51 GF/s with 4 rows, 70 with 32).
+     * groups of 80: 64 GF/s with 8, 72 with 24), 32 elsewhere (groups of 20: 2.0 instead of 3.6 with 4 rows; backward
+     * of groups of 32 with AVX2 on a Zen 3 core, 512 x 768: 51 GF/s with 4 rows, 70 with 32).
      */
     BOFT_TILE_ROWS_SMALL = 16,
     BOFT_TILE_ROWS_MIDDLE = 8,
