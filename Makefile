@@ -14,6 +14,9 @@ export OMP_WAIT_POLICY ?= PASSIVE
 BUILT := $(VENV)/built-portable$(BOFT_PORTABLE)-cuda$(BOFT_CUDA)
 SOURCES := setup.py setup_cuda.py pyproject.toml $(shell find csrc)
 
+# Processes that share the tests, file by file. Each takes up to 3 GB and the threads that torch takes.
+PROCESSES := 2
+
 # What make gpu runs after its build.
 PART := all
 
@@ -76,7 +79,7 @@ examples: $(BUILT)
 test: $(BUILT) $(VENV)/torchao
 	$(MAKE) -C tests/c check
 	$(MAKE) -C tests/cuda check
-	$(PY) -m pytest tests
+	$(PY) -m pytest -n $(PROCESSES) --dist loadfile tests
 	PYTHONPATH=$(VENV)/torchao $(PY) -m pytest tests/torchao_layers.py
 
 test-peft: $(BUILT)

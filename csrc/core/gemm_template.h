@@ -26,18 +26,11 @@ VEC_FN void FN(gemm_step)(const int rows, const int vectors, const int partial, 
     }
 }
 
-/*
- * One tile of `rows` x (`vectors` vectors), the last vector `lanes` wide if `partial`. rows, vectors and partial are
- * constants at every call, so the accumulators live in registers. So do the addresses of A: those of four rows are one
- * register and multiples of a_row, and they move with k, where an unrolled loop over k, with addresses of its own for
- * each, has them in memory (one Zen 4 core, float32, in cache: x^T dy of 32 rows in groups of 64 104 and 58 GF/s).
- */
-VEC_FN void FN(gemm_tile)(const int rows, const int vectors, const int partial, int64_t lanes, int64_t depth,
-                          const REAL *a, int64_t a_row, int64_t a_depth, const REAL *b, int64_t ldb,
-                          REAL *c, int64_t ldc, int accumulate)
+/* The sums of a tile of C, as below: what they begin with, and where they go. */
+VEC_FN void FN(gemm_begin)(const int rows, const int vectors, const int partial, int64_t lanes, const REAL *c,
+                           int64_t ldc, int accumulate, VEC(vec) sum[8][2])
 {
     enum { LANES = VEC(VEC_LANES) };
-    VEC(vec) sum[8][2];
 #pragma GCC unroll 8
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 2
@@ -48,9 +41,12 @@ VEC_FN void FN(gemm_tile)(const int rows, const int vectors, const int partial, 
             else
                 sum[i][v] = partial && v == vectors - 1 ? VEC(loadn)(from, lanes) : VEC(load)(from);
         }
-    const REAL *upper = a, *lower = a + 4 * a_row;
-    for (int64_t k = 0; k < depth; k++, upper += a_depth, lower += a_depth, b += ldb)
-        FN(gemm_step)(rows, vectors, partial, lanes, upper, lower, a_row, b, sum);
+}
+
+VEC_FN void FN(gemm_end)(const int rows, const int vectors, const int partial, int64_t lanes, VEC(vec) sum[8][2],
+                         REAL *c, int64_t ldc)
+{
+    enum { LANES = VEC(VEC_LANES) };
 #pragma GCC unroll 8
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 2
@@ -61,6 +57,24 @@ VEC_FN void FN(gemm_tile)(const int rows, const int vectors, const int partial, 
             else
                 VEC(store)(to, sum[i][v]);
         }
+}
+
+/*
+ * One tile of `rows` x (`vectors` vectors), the last vector `lanes` wide if `partial`. rows, vectors and partial are
+ * constants at every call, so the accumulators live in registers. So do the addresses of A: those of four rows are one
+ * register and multiples of a_row, and they move with k, where an unrolled loop over k, with addresses of its own for
+ * each, has them in memory (one Zen 4 core, float32, in cache: x^T dy of 32 rows in groups of 64 104 and 58 GF/s).
+ */
+VEC_FN void FN(gemm_tile)(const int rows, const int vectors, const int partial, int64_t lanes, int64_t depth,
+                          const REAL *a, int64_t a_row, int64_t a_depth, const REAL *b, int64_t ldb,
+                          REAL *c, int64_t ldc, int accumulate)
+{
+    VEC(vec) sum[8][2];
+    FN(gemm_begin)(rows, vectors, partial, lanes, c, ldc, accumulate, sum);
+    const REAL *upper = a, *lower = a + 4 * a_row;
+    for (int64_t k = 0; k < depth; k++, upper += a_depth, lower += a_depth, b += ldb)
+        FN(gemm_step)(rows, vectors, partial, lanes, upper, lower, a_row, b, sum);
+    FN(gemm_end)(rows, vectors, partial, lanes, sum, c, ldc);
 }
 
 /* All rows of a panel of columns, `tallest` rows at a time. */

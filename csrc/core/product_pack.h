@@ -35,9 +35,3 @@ VEC_ATTR static void product_pack_of_bf16(const boft_product_pack_args *args, in
             }
     }
 }
-
-/* Columns of the panels of a matrix of so many rows that stay in cache together. */
-static inline int64_t product_pairs_span(int64_t depth)
-{
-    return product_span(depth * BOFT_PRODUCT_COLUMNS * (int64_t)sizeof(uint16_t)) * BOFT_PRODUCT_COLUMNS;
-}

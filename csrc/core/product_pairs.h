@@ -4,9 +4,6 @@
  */
 #include "product_pack.h"
 
-/* Rows whose sums with a panel are in registers together, at most. */
-enum { PRODUCT_ROWS = 8 };
-
 /* The sums of `rows` (a constant) rows with a panel, rounded with the bias to y. */
 VEC_FN void product_rows(const int rows, int64_t depth, bf16_rows x, const uint16_t *packed, const uint16_t *bias,
                          bf16_room y)
@@ -64,11 +61,5 @@ VEC_ATTR static void product_panel_of_bf16(const boft_product_args *args, int64_
 
 VEC_ATTR static void product_of_bf16(const boft_product_args *args, int64_t begin, int64_t end)
 {
-    const int64_t span = product_pairs_span(args->depth);
-    for (int64_t first = 0; first < args->columns; first += span)
-        for (int64_t row = begin, rows; row < end; row += rows) {
-            rows = product_block_rows(end - row, PRODUCT_ROWS);
-            for (int64_t j = first; j < boft_min(first + span, args->columns); j += BOFT_PRODUCT_COLUMNS)
-                product_panel_of_bf16(args, rows, row, j);
-        }
+    product_by_panels(args, begin, end, BOFT_PRODUCT_COLUMNS, sizeof(uint16_t), product_panel_of_bf16);
 }

@@ -6,7 +6,8 @@
 #define VEC_ATTR __attribute__((target("avx2,fma,f16c")))
 #define VEC_FN static inline __attribute__((always_inline)) VEC_ATTR
 enum { VEC_LANES_float = 8, VEC_LANES_double = 4, VEC_TILE_ROWS_WIDE = 6 };
-enum { VEC_PRODUCT_DEPTH = 384, VEC_PRODUCT_ROWS = 48 };
+#define VEC_PRODUCT "product_bands.h"
+#define VEC_KEEP(a) __asm__ volatile("" : : "x"(a))
 typedef __m256 vec_float;
 typedef __m256d vec_double;
 

@@ -7,7 +7,8 @@
 #define VEC_ATTR
 #define VEC_FN static inline __attribute__((always_inline))
 enum { VEC_LANES_float = 4, VEC_LANES_double = 2, VEC_TILE_ROWS_WIDE = 4 };
-enum { VEC_PRODUCT_DEPTH = 384, VEC_PRODUCT_ROWS = 48 };
+#define VEC_PRODUCT "product_bands.h"
+#define VEC_KEEP(a)
 typedef float vec_float __attribute__((vector_size(16)));
 typedef double vec_double __attribute__((vector_size(16)));
 
