@@ -5,10 +5,10 @@
  * in bands, which stay in the second-level cache while all panels of the matrix go by; a piece of a panel stays in the
  * first-level cache while a band goes by. Pieces add to the same sums in the same order.
  *
- * Two Zen 3 cores, 256 rows at a time, GF/s, rows as they lie by steps of one, copied, and MKL, medians at times when
- * multiply-adds alone reach 200: 1024 x 768 x 768 146, 164, 142; 1576 x 384 x 384 141, 161, 138; 1024 x 1280 x 1280 120,
- * 139, 126; 1024 x 2048 x 768 118 to 132, 143 to 154, 142. Steps of eight 148 instead of 164; bands of 48 to 192 rows and
- * pieces of 192 to 384 alike within the noise.
+ * Two Zen 3 cores shared with others, 256 rows at a time, medians in GF/s: rows as they lie and one step at a time,
+ * copied, and MKL: 1024 x 768 x 768 131, 143, 125; 1576 x 384 x 384 145, 169, 143; 1576 x 384 x 1536 136, 167, 137;
+ * 1024 x 1280 x 1280 115, 137, 126; 1024 x 2048 x 768 119, 142, 135. Eight steps are 0.9 times as fast as four;
+ * bands of 48 to 192 rows and pieces of 192 to 384 are alike within the noise.
  */
 
 enum {
@@ -88,8 +88,8 @@ DEFINE_TILE(6)
 #undef DEFINE_TILE
 
 /* The band of `rows` rows from `row` on, times `depth` rows, from row k on, of the panel at `column`. */
-VEC_ATTR static void band_product(const boft_product_args *args, const float *band, int64_t rows, int64_t row, int64_t k,
-                                  int64_t depth, int64_t column)
+VEC_ATTR static void band_product(const boft_product_args *args, const float *band, int64_t rows, int64_t row,
+                                  int64_t k, int64_t depth, int64_t column)
 {
     static band_tile *const tiles[] = {
         NULL, band_tile_1, band_tile_2, band_tile_3, band_tile_4, band_tile_5, band_tile_6,

@@ -15,7 +15,7 @@ namespace boft {
 // W': 384 x 384 0.21 ms and 0.28 or 0.21, 384 x 1536 0.85 and 1.17 or 0.91. 512 rows on one Zen 4 core: 96 x 96 42 us
 // and 58, 384 x 384 0.65 ms and 0.68, 768 x 2048 7.2 and 7.8; float32 there, by MKL and oneDNN, 96 x 96 82, 96 and
 // 100 us, 384 x 384 1.3 ms, 1.5 and 1.4, 768 x 2048 14.3, 18.3 and 15.5; by AVX2 and MKL on a Zen 3 core, 256 rows, 96 x 96
-// 50 us and 60, 384 x 384 0.85 ms and 1.0, 768 x 2048 9.0 and 9.7. Results do not depend on threads or slices.
+// 59 us and 73, 384 x 384 0.88 ms and 1.0, 768 x 2048 10.8 and 12.2. Results do not depend on threads or slices.
 class TileMatrix {
  public:
   // bfloat16, and float32 where MKL is not at its best (product.h), of the sizes that the core takes.
