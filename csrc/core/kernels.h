@@ -7,6 +7,12 @@
 
 #include "boft.h"
 
+/* NULL in variants that leave such products to others. */
+typedef struct boft_product_kernels {
+    void (*pack)(const boft_product_pack_args *args, int64_t begin, int64_t end);
+    void (*multiply)(const boft_product_args *args, int64_t begin, int64_t end);
+} boft_product_kernels;
+
 typedef struct boft_kernels {
     const char *name;
     void (*cayley[2])(int64_t b, int64_t begin, int64_t end, const void *a, const unsigned char *keep, void *q,
@@ -24,11 +30,7 @@ typedef struct boft_kernels {
     void (*scale[2])(const boft_scale_args *args, int64_t begin, int64_t end);
     void (*scale_backward[2])(const boft_scale_backward_args *args, int64_t begin, int64_t end);
     void (*linear[2])(const boft_linear_args *args, int64_t begin, int64_t end);
-    /* NULL in variants that leave such products to others. */
-    void (*product_pack_f32)(const boft_product_pack_args *args, int64_t begin, int64_t end);
-    void (*product_f32)(const boft_product_args *args, int64_t begin, int64_t end);
-    void (*product_pack_bf16)(const boft_product_pack_args *args, int64_t begin, int64_t end);
-    void (*product_bf16)(const boft_product_args *args, int64_t begin, int64_t end);
+    boft_product_kernels product_f32, product_bf16;
     void (*digest)(const void *data, size_t bytes, uint64_t out[BOFT_DIGEST_WORDS]);
 } boft_kernels;
 

@@ -2,11 +2,17 @@
 #include "kernels.h"
 #include "status.h"
 
-int boft_product_serves(boft_dtype dtype, int64_t depth, int64_t columns)
+static boft_product_kernels kernels_of(boft_dtype dtype)
 {
     const boft_kernels *kernels = boft_kernels_current();
-    const int has = (dtype == BOFT_F32 && kernels->product_f32) || (dtype == BOFT_BF16 && kernels->product_bf16);
-    return has && depth > 0 && columns > 0 && depth % BOFT_PRODUCT_DEPTH == 0 && columns % BOFT_PRODUCT_COLUMNS == 0;
+    const boft_product_kernels none = {NULL, NULL};
+    return dtype == BOFT_F32 ? kernels->product_f32 : dtype == BOFT_BF16 ? kernels->product_bf16 : none;
+}
+
+int boft_product_serves(boft_dtype dtype, int64_t depth, int64_t columns)
+{
+    return kernels_of(dtype).multiply != NULL && depth > 0 && columns > 0 && depth % BOFT_PRODUCT_DEPTH == 0 &&
+           columns % BOFT_PRODUCT_COLUMNS == 0;
 }
 
 static boft_status check_product(boft_dtype dtype, int64_t depth, int64_t columns)
@@ -36,10 +42,7 @@ boft_status boft_product_pack(const boft_product_pack_args *args, int64_t begin,
     if ((status = boft_check_pointer("product pack: matrix", args->matrix)) ||
         (status = boft_check_pointer("product pack: packed", args->packed)))
         return status;
-    if (args->dtype == BOFT_F32)
-        boft_kernels_current()->product_pack_f32(args, begin, end);
-    else
-        boft_kernels_current()->product_pack_bf16(args, begin, end);
+    kernels_of(args->dtype).pack(args, begin, end);
     return BOFT_OK;
 }
 
@@ -60,9 +63,6 @@ boft_status boft_product(const boft_product_args *args, int64_t begin, int64_t e
         (status = boft_check_pointer("product: packed", args->packed)) ||
         (status = boft_check_pointer("product: y", args->y)))
         return status;
-    if (args->dtype == BOFT_F32)
-        boft_kernels_current()->product_f32(args, begin, end);
-    else
-        boft_kernels_current()->product_bf16(args, begin, end);
+    kernels_of(args->dtype).multiply(args, begin, end);
     return BOFT_OK;
 }

@@ -171,11 +171,9 @@ const boft_kernels KERNELS = {
     .scale = {scale_of_float, scale_of_f64},
     .scale_backward = {scale_backward_of_float, scale_backward_of_f64},
     .linear = {linear_of_float, linear_of_f64},
-    .product_pack_f32 = product_pack_of_f32,
-    .product_f32 = product_of_f32,
+    .product_f32 = {product_pack_of_f32, product_of_f32},
 #ifdef PRODUCT_KERNELS
-    .product_pack_bf16 = product_pack_of_bf16,
-    .product_bf16 = product_of_bf16,
+    .product_bf16 = {product_pack_of_bf16, product_of_bf16},
 #endif
     .digest = digest,
 };

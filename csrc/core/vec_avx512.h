@@ -5,7 +5,8 @@
  * lane from[i]); for 16-bit data, load, loadn, store and storen with suffixes _bf16 and _f16 that convert
  * VEC_LANES_float values from and to vec_float; vec_words, as many 64-bit numbers as vec_double has lanes, with set1,
  * load, store, add, xor, swap (lanes 2 i and 2 i + 1) and multiply_halves (the upper 32 bits of each times its lower);
- * VEC_TILE_ROWS_WIDE, the rows of two vectors whose sums registers hold; VEC_PRODUCT, the file of its float32 product.
+ * VEC_TILE_ROWS_WIDE, the rows of two vectors whose sums registers hold; VEC_PRODUCT, the file of its float32 product
+ * (which may want more: VEC_KEEP).
  * Included once in a source: by isa_avx512.c; with VEC_NATIVE_BF16 defined by isa_avx512bf16.c; with VEC_NATIVE_TILES
  * besides by isa_amx.c.
  */
