@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 BUILT := $(VENV)/built-portable$(BOFT_PORTABLE)-cuda$(BOFT_CUDA)
 SOURCES := setup.py setup_cuda.py pyproject.toml $(shell find csrc)
 
-# Processes that share the tests, file by file. Each takes up to 3 GB and the threads that torch takes.
+# Processes that share the tests, file by file. Each has taken 1.2 GB, and takes the threads that torch takes.
 PROCESSES := 2
 
 # What make gpu runs after its build.

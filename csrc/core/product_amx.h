@@ -72,8 +72,7 @@ VEC_FN void amx_block(const int tiles, int64_t depth, int64_t rows, bf16_rows x,
 
 VEC_ATTR static void product_of_bf16(const boft_product_args *args, int64_t begin, int64_t end)
 {
-    const int64_t depth = args->depth, panel_bytes = depth * BOFT_PRODUCT_COLUMNS * (int64_t)sizeof(uint16_t);
-    const int64_t span = product_span(panel_bytes) * BOFT_PRODUCT_COLUMNS;
+    const int64_t depth = args->depth, span = product_span(depth, BOFT_PRODUCT_COLUMNS, sizeof(uint16_t));
     amx_product_begin(AMX_PRODUCT_ROWS);
     for (int64_t first = 0; first < args->columns; first += span) {
         const int64_t past = boft_min(first + span, args->columns);

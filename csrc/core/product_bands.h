@@ -97,8 +97,8 @@ VEC_ATTR static void band_product(const boft_product_args *args, const float *ba
     const float *packed = (const float *)args->packed + column * args->depth + k * PRODUCT_WIDTH;
     const int64_t stride = args->y_stride;
     float *y = (float *)args->y + row * stride + column;
-    for (int64_t t = 0; k == 0 && args->bias && t < rows; t++)
-        memcpy(y + t * stride, (const float *)args->bias + column, PRODUCT_WIDTH * sizeof *y);
+    if (k == 0)
+        product_bias_of_f32(args, rows, column, y);
     for (int64_t tile; rows > 0; rows -= tile, band += tile * depth, y += tile * stride) {
         tile = band_tile_rows(rows);
         tiles[tile](depth, band, packed, y, stride, k > 0 || args->bias);

@@ -7,10 +7,10 @@ enum {
     PRODUCT_ROWS = 8,
 };
 
-/* How many panels of so many bytes stay in cache together. */
-static inline int64_t product_span(int64_t panel_bytes)
+/* Columns of the panels, of `width` columns of so many bytes a number, that stay in cache together. */
+static inline int64_t product_span(int64_t depth, int64_t width, int64_t bytes)
 {
-    return boft_max(1, PRODUCT_SPAN_BYTES / panel_bytes);
+    return boft_max(1, PRODUCT_SPAN_BYTES / (depth * width * bytes)) * width;
 }
 
 /* Rows, of the `left` ones, that go by a panel next: at most `tallest`. Very few wait for their sums, so the last two
@@ -28,7 +28,7 @@ typedef void product_panel(const boft_product_args *args, int64_t rows, int64_t 
 VEC_FN void product_by_panels(const boft_product_args *args, int64_t begin, int64_t end, int64_t width, int64_t bytes,
                               product_panel *panel)
 {
-    const int64_t span = product_span(args->depth * width * bytes) * width;
+    const int64_t span = product_span(args->depth, width, bytes);
     for (int64_t first = 0; first < args->columns; first += span)
         for (int64_t row = begin, rows; row < end; row += rows) {
             rows = product_block_rows(end - row, PRODUCT_ROWS);

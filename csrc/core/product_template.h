@@ -26,4 +26,11 @@ VEC_ATTR static void product_pack_of_f32(const boft_product_pack_args *args, int
         }
 }
 
+/* Writes the bias of a panel's columns to `rows` rows of y, for its sums to begin with; nothing without a bias. */
+VEC_FN void product_bias_of_f32(const boft_product_args *args, int64_t rows, int64_t column, float *y)
+{
+    for (int64_t t = 0; args->bias && t < rows; t++)
+        memcpy(y + t * args->y_stride, (const float *)args->bias + column, PRODUCT_WIDTH * sizeof *y);
+}
+
 #include VEC_PRODUCT
